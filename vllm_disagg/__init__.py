@@ -1,0 +1,3 @@
+"""Prefill/decode disaggregation for vLLM."""
+
+__version__ = "0.1.0"

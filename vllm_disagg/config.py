@@ -1,0 +1,159 @@
+"""Settings of every process, frozen, each default and its help text in one place.
+
+A field's metadata carries its help text; command lines, docs and tests are derived from it. Durations are seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+from vllm_disagg.errors import ConfigError
+
+Role = Literal["prefill", "decode"]
+TransportName = Literal["nixl", "loopback"]
+
+ROLES: tuple[str, ...] = get_args(Role)
+
+KEY_ENV = "VLLM_DISAGG_KEY"
+"""Environment variable that may hold the deployment key itself instead of a file."""
+
+
+def setting(default: Any, help_text: str) -> Any:
+    """A dataclass field with its help text, the single source for `--help` and `docs/settings.md`."""
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """What one engine needs beside vLLM's own flags. Travels to every process of the engine inside
+    `kv_connector_extra_config`, which does not enter vLLM's compile-cache key."""
+
+    role: Role
+    transport: TransportName = setting("nixl", "How KV blocks travel between prefill and decode.")
+    control_host: str = setting(
+        "127.0.0.1",
+        "Address on which a prefill instance listens for decode instances, and which it tells them. "
+        "Use an address of a private network when they run on other hosts.",
+    )
+    control_port: int = setting(14579, "Port of that address. Each prefill instance of a host needs its own.")
+    lease_s: float = setting(
+        30.0,
+        "Seconds that prefill keeps finished KV for a decode instance that has stopped renewing it. "
+        "Renewals come every sixth of it, and no hold outlives ten of it.",
+    )
+    pull_timeout_s: float = setting(
+        10.0, "Seconds after which decode gives up a KV transfer and computes the prompt itself."
+    )
+    key_file: str | None = setting(
+        None,
+        "File with the deployment key, the same on all engines of a deployment. "
+        f"Default: ${KEY_ENV}, else a private file in the user's configuration folder, made at first use.",
+    )
+
+    def __post_init__(self) -> None:
+        _one_of("kv role", self.role, ROLES)
+        _one_of("kv transport", self.transport, get_args(TransportName))
+        _positive("kv lease", self.lease_s)
+        _positive("kv pull timeout", self.pull_timeout_s)
+        _port("kv control port", self.control_port)
+
+    @property
+    def renew_interval_s(self) -> float:
+        """How often decode renews the leases it waits for."""
+        return self.lease_s / 6
+
+    @property
+    def hold_cap_s(self) -> float:
+        """The longest that any hold lives, however often it is renewed."""
+        return self.lease_s * 10
+
+    def to_extra_config(self) -> dict[str, Any]:
+        """The plain dict that `KVTransferConfig.kv_connector_extra_config` carries."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_extra_config(cls, extra: Mapping[str, Any]) -> EngineSettings:
+        """Rebuild the settings inside an engine process.
+
+        Raises:
+            ConfigError: a key is unknown, or a value is of the wrong type or out of range.
+        """
+        return _from_mapping(cls, extra, "kv_connector_extra_config")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProxySettings:
+    """Settings of `vllm-disagg proxy`."""
+
+    prefill: tuple[str, ...] = setting((), "URL of a prefill instance. May be given several times.")
+    decode: tuple[str, ...] = setting((), "URL of a decode instance. May be given several times.")
+    host: str = setting("127.0.0.1", "Address to listen on.")
+    port: int = setting(8000, "Port to listen on.")
+    connect_timeout_s: float = setting(5.0, "Seconds to wait for a TCP connection to an engine.")
+    prefill_timeout_s: float = setting(
+        120.0, "Seconds to wait for a prefill instance's answer before the request is served locally instead."
+    )
+    first_event_timeout_s: float = setting(600.0, "Seconds to wait for a decode instance's first event.")
+    idle_timeout_s: float = setting(300.0, "Seconds a started response may stay silent before it is given up.")
+    probe_interval_s: float = setting(1.0, "Seconds between two health probes of an instance.")
+    probe_timeout_s: float = setting(2.0, "Seconds after which a health probe counts as failed.")
+    max_body_bytes: int = setting(32 * 1024 * 1024, "Largest request body that is accepted.")
+    min_split_tokens: int = setting(
+        0, "Prompts that are certainly shorter than this many tokens run locally, without a prefill instance."
+    )
+
+    def __post_init__(self) -> None:
+        _port("port", self.port)
+        for name in (
+            "connect_timeout_s", "prefill_timeout_s", "first_event_timeout_s", "idle_timeout_s",
+            "probe_interval_s", "probe_timeout_s", "max_body_bytes",
+        ):  # fmt: skip
+            _positive(name, getattr(self, name))
+
+
+def help_of(cls: type, name: str) -> str:
+    """The help text of one setting."""
+    for item in fields(cls):
+        if item.name == name:
+            return str(item.metadata.get("help", ""))
+    raise AttributeError(f"{cls.__name__} has no setting {name!r}")
+
+
+def default_of(cls: type, name: str) -> Any:
+    """The default of one setting."""
+    for item in fields(cls):
+        if item.name == name:
+            return item.default
+    raise AttributeError(f"{cls.__name__} has no setting {name!r}")
+
+
+def _from_mapping(cls: Any, values: Mapping[str, Any], source: str) -> Any:
+    known = {item.name for item in fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise ConfigError(f"{source}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        if hints[name] is float and isinstance(value, int):
+            continue
+        allowed = {float: float, int: int, str: str}.get(hints[name])
+        if allowed is not None and (not isinstance(value, allowed) or isinstance(value, bool)):
+            raise ConfigError(f"{source}: {name} must be of type {allowed.__name__}, not {value!r}")
+    return cls(**values)
+
+
+def _one_of(what: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ConfigError(f"{what} must be one of {', '.join(accepted)}, not {value!r}")
+
+
+def _positive(what: str, value: float) -> None:
+    if not value > 0 or value == float("inf"):
+        raise ConfigError(f"{what} must be a positive number, not {value!r}")
+
+
+def _port(what: str, value: int) -> None:
+    if not 0 < value < 65536:
+        raise ConfigError(f"{what} must be between 1 and 65535, not {value!r}")
