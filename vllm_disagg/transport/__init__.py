@@ -1,0 +1,1 @@
+"""Moves bytes between registered memory of two processes. Knows no request, no engine and no vLLM."""

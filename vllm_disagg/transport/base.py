@@ -1,0 +1,123 @@
+"""The transport contract. Every implementation passes `vllm_disagg.testing.check_transport`.
+
+One thread owns a transport: it makes every call after `register`. One-sided libraries read the owner's memory without
+its help, apart from `progress`; two-sided ones bring a serving thread of their own behind the same methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NewType, Protocol
+
+import msgspec
+
+PeerName = NewType("PeerName", str)
+"""Who a peer says it is inside its descriptor; unique over all peers a transport ever connects to."""
+
+
+class Region(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
+    """A run of memory that may be read by peers and written by own reads.
+
+    Attributes:
+        address: first byte, as the owner's process sees it.
+        num_bytes: length.
+        device_id: accelerator index; 0 for host memory.
+    """
+
+    address: int
+    num_bytes: int
+    device_id: int = 0
+
+
+class Copy(msgspec.Struct, frozen=True, array_like=True):
+    """One contiguous copy of a read: `num_bytes` from `remote` in the peer's memory to `local` in ours."""
+
+    local: int
+    remote: int
+    num_bytes: int
+
+
+class TransferHandle(Protocol):
+    """One read under way. Opaque; compared by identity."""
+
+
+State = Literal["done", "failed", "cancelled"]
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """How a read ended. After this has been returned nothing is written to the read's local memory any more.
+
+    Attributes:
+        handle: what `read` returned.
+        state: `done` only when every byte has arrived.
+        seconds: from `read` until the end was noticed.
+        num_bytes: bytes asked for.
+        num_descriptors: copies handed to the library, after joining neighbours.
+        error: why it failed, for logs; empty unless `state` is `failed`.
+    """
+
+    handle: TransferHandle
+    state: State
+    seconds: float
+    num_bytes: int
+    num_descriptors: int
+    error: str = ""
+
+
+class Transport(Protocol):
+    """Reads from peers' registered memory into own registered memory."""
+
+    name: str
+
+    def register(self, regions: Sequence[Region]) -> bytes:
+        """Make memory readable and writable by this transport. Called once, before anything else.
+
+        Returns:
+            The descriptor that peers hand to `connect`. Whoever holds it can read this memory: it is a secret.
+
+        Raises:
+            TransportError: the library refuses the memory.
+        """
+
+    def connect(self, descriptor: bytes) -> PeerName:
+        """Get ready to read from a peer. Idempotent: the same descriptor gives the same name and no new resources.
+        May return before the connection is up; the first read then waits for it.
+
+        Raises:
+            TransportError: the descriptor is malformed or of another kind of transport.
+        """
+
+    def disconnect(self, peer: PeerName) -> None:
+        """Forget a peer. Reads under way from it end as `failed`. Unknown peers are ignored."""
+
+    def read(self, peer: PeerName, copies: Sequence[Copy]) -> TransferHandle:
+        """Start copying from a peer's memory into ours. Returns at once; never raises for what a peer did:
+        such a read ends as `failed` in `poll`.
+
+        Raises:
+            TransportError: the peer is not connected, there are no copies, or a copy leaves our or its regions.
+        """
+
+    def poll(self) -> Sequence[Outcome]:
+        """Drive reads under way and return those that ended since the last call, each exactly once."""
+
+    def cancel(self, handle: TransferHandle) -> None:
+        """Ask for a read to end soon. It still ends through `poll`, as whatever it then is (`done` included), within
+        `CANCEL_BOUND_S` at the latest, if need be at the price of the connection to its peer and all reads from it.
+        A handle that has already ended is ignored.
+        """
+
+    @property
+    def num_active(self) -> int:
+        """Reads that have not ended. While positive the owner calls `poll` often."""
+
+    def progress(self) -> None:
+        """Let peers connect to this memory and read it. The owner calls it often while a peer may be doing so, and
+        never otherwise: an idle transport uses no processor time."""
+
+    def close(self) -> None:
+        """End all reads, forget all peers and give the memory back. Idempotent."""
+
+
+CANCEL_BOUND_S = 2.0
+"""The longest that a cancelled read may take to end, whatever its peer does."""
