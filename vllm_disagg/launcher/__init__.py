@@ -1,0 +1,1 @@
+"""A deployment on one machine: a plan (`plan`, pure) becomes processes (`local`) that leave nothing behind."""

@@ -1,0 +1,118 @@
+"""One process of a deployment, behind its warden."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vllm_disagg.errors import LaunchError
+
+_WARDEN = Path(__file__).with_name("warden.py")
+_WARDEN_START_S = 30.0
+_WARDEN_SLACK_S = 10.0
+_TAIL_BYTES = 64 * 1024
+
+
+class Child:
+    """A process tree that is started once, watched, and surely ended.
+
+    Args:
+        name: for people: `prefill-0`, `proxy`.
+        argv: its command.
+        env: what is added to this process's environment.
+        log_file: where its output goes, appended.
+        grace_s: seconds from the polite to the forced end.
+    """
+
+    def __init__(
+        self, name: str, argv: Sequence[str], *, env: Mapping[str, str], log_file: Path, grace_s: float
+    ) -> None:
+        self.name, self.log_file = name, log_file
+        self._argv, self._env, self._grace_s = tuple(argv), dict(env), grace_s
+        self._warden: asyncio.subprocess.Process | None = None
+        self._pid: int | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Process and session id of the engine itself; None before the start."""
+        return self._pid
+
+    async def start(self) -> None:
+        """Start the process.
+
+        Raises:
+            LaunchError: it could not even be executed.
+        """
+        starting = asyncio.ensure_future(self._start_warden())
+        try:
+            self._warden = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            self._warden = await starting  # half-started it could not be stopped
+            raise
+        assert self._warden.stdout is not None
+        with contextlib.suppress(TimeoutError):
+            line = await asyncio.wait_for(self._warden.stdout.readline(), _WARDEN_START_S)
+            self._pid = int(line) if line.strip() else None
+        if self._pid is None:
+            await self.stop()
+            raise LaunchError(f"{self.name} could not be started: {self.tail(1)}")
+
+    async def wait(self) -> int:
+        """Wait until all of its processes have ended. Returns the exit status, 128 + signal as in a shell."""
+        assert self._warden is not None
+        code = await self._warden.wait()
+        if code < 0:
+            self._kill_session()  # the warden itself was killed: its work is left to us
+            return 128 - code
+        return code
+
+    async def stop(self) -> None:
+        """End it: SIGTERM, then SIGKILL after the grace. Returns when nothing is left. May be called twice."""
+        if self._warden is None:
+            return
+        self._signal_warden(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(self.wait(), self._grace_s + _WARDEN_SLACK_S)
+        except TimeoutError:
+            self._kill_session()
+            self._signal_warden(signal.SIGKILL)
+            await self.wait()
+
+    def kill(self) -> None:
+        """End it without grace; `stop` or `wait` return soon after."""
+        self._signal_warden(signal.SIGUSR1)
+
+    def tail(self, num_lines: int) -> str:
+        """The last lines of its log; empty when there are none."""
+        try:
+            with self.log_file.open("rb") as log:
+                log.seek(0, os.SEEK_END)
+                log.seek(max(0, log.tell() - _TAIL_BYTES))
+                lines = log.read().decode("utf-8", errors="replace").splitlines()
+        except OSError:
+            return ""
+        return "\n".join(lines[-num_lines:])
+
+    async def _start_warden(self) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", str(_WARDEN), str(self.log_file), str(self._grace_s), *self._argv),
+            stdin=asyncio.subprocess.PIPE,  # its end tells the warden that this process is gone
+            stdout=asyncio.subprocess.PIPE,
+            env={**os.environ, **self._env},
+            start_new_session=True,  # Ctrl-C in the terminal reaches the launcher alone
+        )
+
+    def _signal_warden(self, number: signal.Signals) -> None:
+        if self._warden is not None and self._warden.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._warden.send_signal(number)
+
+    def _kill_session(self) -> None:
+        if self._pid is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._pid, signal.SIGKILL)

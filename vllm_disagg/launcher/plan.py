@@ -1,0 +1,225 @@
+"""Which process runs where: a pure function from what the user asks and what the machine has to a frozen plan."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vllm_disagg.config import Role
+from vllm_disagg.errors import ConfigError
+from vllm_disagg.launcher.machine import Machine
+from vllm_disagg.launcher.settings import UpSettings, has_flag
+
+ENGINE_HOST = "127.0.0.1"
+ENGINE_COMMAND: tuple[str, ...] = (sys.executable, "-m", "vllm_disagg", "serve")
+PROXY_COMMAND: tuple[str, ...] = (sys.executable, "-m", "vllm_disagg", "proxy")
+
+CPU_BLOCK_SIZE = 32
+"""Tokens per KV block on CPU: the smallest that its kernels like, so that short prompts are split too."""
+
+_KV_SHARE = 0.4
+"""Part of an instance's free memory, less the weights, that becomes KV cache on CPU. The rest holds activations and
+the up to three processes of an engine."""
+
+_KV_MIN_BYTES, _KV_MAX_BYTES = 256 << 20, 8 << 30
+_SPARE_CORE_FROM = 4
+"""A rank with this many cores leaves one to the engine's other processes, which would otherwise stall its threads."""
+
+_EAGER_FLAGS = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-cc", "--optimization-level", "-O")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLaunch:
+    """One engine: its command, what is added to its environment, and where it will answer."""
+
+    name: str
+    role: Role
+    port: int
+    place: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+
+    @property
+    def url(self) -> str:
+        """Where the engine's API will be."""
+        return f"http://{ENGINE_HOST}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchPlan:
+    """All that `up` is going to start.
+
+    Attributes:
+        engines: prefill instances first.
+        proxy_argv: the proxy's command.
+        proxy_url: where a client on this machine reaches it.
+        notes: choices made for the user, each one line to print.
+        warnings: what the user may want to change, each one line to print.
+    """
+
+    engines: tuple[EngineLaunch, ...]
+    proxy_argv: tuple[str, ...]
+    proxy_url: str
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def ports_needed(settings: UpSettings) -> int:
+    """How many free ports `plan_launch` wants: one per engine, and a control port per prefill instance."""
+    return 2 * settings.prefill + settings.decode
+
+
+def plan_launch(
+    settings: UpSettings,
+    machine: Machine,
+    *,
+    ports: Sequence[int],
+    key_file: str,
+    weights_bytes: int = 0,
+    environ: Mapping[str, str] | None = None,
+    engine_command: Sequence[str] = ENGINE_COMMAND,
+    proxy_command: Sequence[str] = PROXY_COMMAND,
+) -> LaunchPlan:
+    """Place every engine and write every command line.
+
+    Args:
+        settings: what the user asks for.
+        machine: what there is.
+        ports: at least `ports_needed(settings)` free ports of loopback.
+        key_file: the deployment key of this run.
+        weights_bytes: size of the model's weights; 0 where it is not known yet.
+        environ: the user's environment, whose vLLM settings are respected.
+        engine_command: what stands before the model; tests start something else than vLLM.
+        proxy_command: what stands before the proxy's options.
+
+    Raises:
+        ConfigError: the machine has fewer GPUs than asked for.
+    """
+    places = _gpu_places(settings, machine) if machine.gpus else _cpu_places(settings, machine)
+    defaults, notes = _cpu_defaults(settings, machine, weights_bytes, environ or {}) if not machine.gpus else ((), ())
+    remaining = iter(ports)
+    engines: list[EngineLaunch] = []
+    for name, role in _instances(settings):
+        place, env = places[len(engines)]
+        port = next(remaining)
+        control = ("--kv-control-port", str(next(remaining))) if role == "prefill" else ()
+        argv = (
+            *engine_command, settings.model, "--host", ENGINE_HOST, "--port", str(port),
+            "--kv-role", role, "--kv-key-file", key_file, *control,
+            *_tp_flag(settings), *_unless_given(defaults, settings, role), *_user_arguments(settings, role),
+        )  # fmt: skip
+        engines.append(EngineLaunch(name=name, role=role, port=port, place=place, argv=argv, env=env))
+    return LaunchPlan(
+        engines=tuple(engines),
+        proxy_argv=(*proxy_command, "--host", settings.host, "--port", str(settings.port), *_instance_flags(engines)),
+        proxy_url=f"http://{_reachable(settings.host)}:{settings.port}",
+        notes=notes,
+        warnings=_warnings(settings, machine),
+    )
+
+
+def _instances(settings: UpSettings) -> list[tuple[str, Role]]:
+    prefill: list[tuple[str, Role]] = [(f"prefill-{index}", "prefill") for index in range(settings.prefill)]
+    return prefill + [(f"decode-{index}", "decode") for index in range(settings.decode)]
+
+
+def _num_engines(settings: UpSettings) -> int:
+    return settings.prefill + settings.decode
+
+
+def _gpu_places(settings: UpSettings, machine: Machine) -> list[tuple[str, dict[str, str]]]:
+    """Consecutive GPUs for each engine. Not yet run on a GPU."""
+    needed = _num_engines(settings) * settings.tp
+    if needed > len(machine.gpus):
+        raise ConfigError(
+            f"{settings.prefill} prefill and {settings.decode} decode instances with --tp {settings.tp} need {needed} "
+            f"GPUs, and {len(machine.gpus)} are visible: lower --prefill, --decode or --tp"
+        )
+    places = []
+    for index in range(_num_engines(settings)):
+        mine = ",".join(machine.gpus[index * settings.tp : (index + 1) * settings.tp])
+        places.append((f"GPU {mine}", {"CUDA_VISIBLE_DEVICES": mine}))
+    return places
+
+
+def _cpu_places(settings: UpSettings, machine: Machine) -> list[tuple[str, dict[str, str]]]:
+    """A core set for each rank of each engine; whole physical cores while there are enough, shared when too few."""
+    num_ranks = _num_engines(settings) * settings.tp
+    cpus = _cpus_for(num_ranks, machine)
+    each = len(cpus) // num_ranks
+    if each == 0:
+        ranks = [[cpus[index % len(cpus)]] for index in range(num_ranks)]
+    else:
+        used = each - 1 if each >= _SPARE_CORE_FROM else each
+        ranks = [cpus[index * each : index * each + used] for index in range(num_ranks)]
+    places = []
+    for index in range(_num_engines(settings)):
+        mine = ranks[index * settings.tp : (index + 1) * settings.tp]
+        binding = "|".join(",".join(map(str, rank)) for rank in mine)
+        places.append((f"cores {binding}", {"VLLM_CPU_OMP_THREADS_BIND": binding}))
+    return places
+
+
+def _cpus_for(num_ranks: int, machine: Machine) -> list[int]:
+    """One logical CPU per physical core, as vLLM itself does, or all of them when that is not enough."""
+    if len(machine.cores) >= num_ranks:
+        return [core[0] for core in machine.cores]
+    return [cpu for core in machine.cores for cpu in core]
+
+
+def _warnings(settings: UpSettings, machine: Machine) -> tuple[str, ...]:
+    num_ranks, num_cpus = _num_engines(settings) * settings.tp, sum(map(len, machine.cores))
+    if machine.gpus or num_ranks <= num_cpus:
+        return ()
+    return (f"{num_ranks} engine ranks share {num_cpus} cores: expect each to be slower than alone",)
+
+
+def _cpu_defaults(
+    settings: UpSettings, machine: Machine, weights_bytes: int, environ: Mapping[str, str]
+) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+    """Flags that make a CPU engine start quickly and leave memory to the others, and the lines that say so."""
+    flags: list[tuple[str, ...]] = [("--block-size", str(CPU_BLOCK_SIZE)), ("--enforce-eager",)]
+    told = [f"--block-size {CPU_BLOCK_SIZE}", "--enforce-eager (a quick start; without it vLLM compiles the model)"]
+    if not environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        kv_bytes = _kv_cache_bytes(settings, machine, weights_bytes)
+        flags.append(("--kv-cache-memory-bytes", str(kv_bytes)))
+        told.append(f"--kv-cache-memory-bytes {kv_bytes} ({kv_bytes / 2**30:.1f} GiB per rank)")
+    return tuple(flags), (
+        f"CPU engines get {', '.join(told)}, unless you give these yourself, for example with --engine-arg",
+    )
+
+
+def _kv_cache_bytes(settings: UpSettings, machine: Machine, weights_bytes: int) -> int:
+    share = machine.memory_bytes / (_num_engines(settings) * settings.tp)
+    kv_bytes = int(_KV_SHARE * (share - weights_bytes / settings.tp))
+    return min(_KV_MAX_BYTES, max(_KV_MIN_BYTES, kv_bytes)) >> 20 << 20
+
+
+def _unless_given(defaults: Sequence[tuple[str, ...]], settings: UpSettings, role: Role) -> tuple[str, ...]:
+    given = _user_arguments(settings, role)
+    kept: list[str] = []
+    for flag in defaults:
+        alternatives = {"--enforce-eager": _EAGER_FLAGS, "--kv-cache-memory-bytes": ("--gpu-memory-utilization",)}
+        names = (flag[0], *alternatives.get(flag[0], ()))
+        if not any(has_flag(given, name) for name in names):
+            kept.extend(flag)
+    return tuple(kept)
+
+
+def _user_arguments(settings: UpSettings, role: Role) -> tuple[str, ...]:
+    return settings.engine_arg + (settings.prefill_arg if role == "prefill" else settings.decode_arg)
+
+
+def _tp_flag(settings: UpSettings) -> tuple[str, ...]:
+    return ("--tensor-parallel-size", str(settings.tp)) if settings.tp > 1 else ()
+
+
+def _instance_flags(engines: Sequence[EngineLaunch]) -> list[str]:
+    return [part for engine in engines for part in (f"--{engine.role}", engine.url)]
+
+
+def _reachable(host: str) -> str:
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
