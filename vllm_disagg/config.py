@@ -81,7 +81,8 @@ class EngineSettings:
         Raises:
             ConfigError: a key is unknown, or a value is of the wrong type or out of range.
         """
-        return _from_mapping(cls, extra, "kv_connector_extra_config")
+        settings: EngineSettings = _from_mapping(cls, extra, "kv_connector_extra_config")
+        return settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -93,9 +93,7 @@ def prompt_digest(token_ids: Sequence[int], *, salt: str = "") -> bytes:
     return digest.digest()
 
 
-def check_fits(
-    handoff: Handoff, *, token_ids: Sequence[int], salt: str, block_size: int, num_groups: int
-) -> None:
+def check_fits(handoff: Handoff, *, token_ids: Sequence[int], salt: str, block_size: int, num_groups: int) -> None:
     """Refuse a handoff that is genuine but not for this request.
 
     Raises:

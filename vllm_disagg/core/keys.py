@@ -6,6 +6,7 @@ author a handoff nor speak to another engine.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -52,12 +53,12 @@ def create_key_file(path: Path) -> None:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(secrets.token_hex(32) + "\n")
-        try:
+        with contextlib.suppress(FileExistsError):
             os.link(draft, path)  # atomic, and fails where another process was first
-        except FileExistsError:
-            pass
     except OSError as error:
-        raise KeyFileError(f"cannot write the deployment key {path}: {error.strerror}; name one with --kv-key-file") from error
+        raise KeyFileError(
+            f"cannot write the deployment key {path}: {error.strerror}; name one with --kv-key-file"
+        ) from error
     finally:
         draft.unlink(missing_ok=True)
 
@@ -83,6 +84,6 @@ def _checked(text: str, source: str) -> bytes:
     stripped = text.strip()
     if len(stripped) < _MIN_CHARS:
         raise KeyFileError(
-            f"the deployment key in {source} has {len(stripped)} characters; at least {_MIN_CHARS} random ones are needed"
+            f"the deployment key in {source} has {len(stripped)} characters; at least {_MIN_CHARS} are needed"
         )
     return hashlib.sha256(b"vllm-disagg:" + stripped.encode()).digest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from typing import NewType
+from typing import NewType, TypeGuard
 
 TransferId = NewType("TransferId", str)
 """One request's KV on its way from prefill to decode. Authored by the proxy; 128 random bits, 32 hex digits."""
@@ -25,6 +25,6 @@ def new_transfer_id() -> TransferId:
     return TransferId(secrets.token_hex(16))
 
 
-def is_transfer_id(value: object) -> bool:
+def is_transfer_id(value: object) -> TypeGuard[TransferId]:
     """Whether `value` has the form that `new_transfer_id` makes."""
     return isinstance(value, str) and len(value) == 32 and set(value) <= _HEX

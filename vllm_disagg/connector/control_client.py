@@ -1,0 +1,475 @@
+"""Decode's end of the control channel: one thread that finds prefill engines, keeps leases alive, follows the reads
+of this engine's workers, and proves afterwards that what was read was still held.
+
+vLLM's main thread gives orders (`announce`, `expect`, `cancel`, `forget`) and takes reports; it never waits here.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from vllm_disagg.connector import messages
+from vllm_disagg.connector.mailbox import Mailbox
+from vllm_disagg.connector.messages import (
+    CancelRead,
+    ConnectPeer,
+    DisconnectPeer,
+    FromPrefill,
+    FromWorker,
+    Hello,
+    NotHere,
+    PeerState,
+    RankInfo,
+    ReadEnded,
+    Refused,
+    Release,
+    Released,
+    Renew,
+    Renewed,
+    StatusReply,
+    ToWorker,
+    Welcome,
+)
+from vllm_disagg.connector.peers import Peer, PeerPhase
+from vllm_disagg.connector.pull import Drained, Pull, Result, Settled
+from vllm_disagg.connector.secure import CurveKeys, client_socket
+from vllm_disagg.core.handoff import Handoff
+from vllm_disagg.core.types import EngineId, TransferId
+
+logger = logging.getLogger(__name__)
+
+_MAX_FRAMES_PER_TURN = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Announce:
+    transfer_id: TransferId
+    engine_id: EngineId
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Expect:
+    transfer_id: TransferId
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    transfer_id: TransferId
+
+
+@dataclass(frozen=True, slots=True)
+class _Forget:
+    transfer_id: TransferId
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    pass
+
+
+_Order = _Announce | _Expect | _Cancel | _Forget | _Stop
+Report = Settled | Drained
+
+
+class DecodeControl:
+    """Follows every pull of one decode engine.
+
+    Args:
+        keys: the deployment's CURVE keys.
+        fingerprint: what a prefill engine must have in common with us.
+        worker_ranks: `(pp_rank, tp_rank)` of each worker.
+        worker_links: endpoints of those workers, in the same order.
+        renew_interval_s: between two renewals of a lease we wait for.
+        pull_timeout_s: from `expect` to the last moment at which a pull settles.
+        on_report: called on this thread when `take_reports` has something to return.
+    """
+
+    def __init__(
+        self,
+        *,
+        keys: CurveKeys,
+        fingerprint: Mapping[str, str],
+        worker_ranks: Sequence[tuple[int, int]],
+        worker_links: Sequence[str],
+        renew_interval_s: float,
+        pull_timeout_s: float,
+        on_report: Callable[[], None],
+    ) -> None:
+        self._keys, self._fingerprint = keys, dict(fingerprint)
+        self._worker_ranks = tuple(worker_ranks)
+        self._renew_interval_s, self._pull_timeout_s = renew_interval_s, pull_timeout_s
+        self._on_report = on_report
+        self._orders: Mailbox[_Order] = Mailbox()
+        self._reports: deque[Report] = deque()
+        self._peers: dict[EngineId, Peer] = {}
+        self._pulls: dict[TransferId, Pull] = {}
+        self._renew_at_s: float | None = None
+        self.num_bad_frames = 0
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._links = [client_socket(self._context, zmq.DEALER, keys) for _ in worker_links]
+        for link, endpoint in zip(self._links, worker_links, strict=True):
+            link.connect(endpoint)
+        self._poller = zmq.Poller()
+        self._thread = threading.Thread(target=self._run, name="disagg-decode-control", daemon=True)
+
+    # Called by vLLM's main thread.
+
+    def start(self) -> None:
+        """Run the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and close every socket. Idempotent."""
+        if self._thread.is_alive():
+            self._orders.put(_Stop())
+            self._thread.join(timeout=5.0)
+
+    def announce(self, handoff: Handoff) -> None:
+        """A request with this handoff has arrived: connect to its prefill engine and keep its lease alive."""
+        self._orders.put(_Announce(handoff.transfer_id, handoff.engine_id, handoff.control))
+
+    def peer_phase(self, engine_id: EngineId) -> PeerPhase:
+        """Whether that engine can be read from now; `greeting` for one that was only just announced."""
+        peer = self._peers.get(engine_id)
+        return "greeting" if peer is None else peer.phase
+
+    def peer_cause(self, engine_id: EngineId) -> str:
+        """Why that engine cannot be read from: a metric label."""
+        peer = self._peers.get(engine_id)
+        return peer.cause if peer is not None and peer.cause else "peer_unreachable"
+
+    def expect(self, transfer_id: TransferId) -> None:
+        """The workers get this read with the coming step; a `Settled` follows, by the pull deadline at the latest."""
+        self._orders.put(_Expect(transfer_id))
+
+    def cancel(self, transfer_id: TransferId) -> None:
+        """The client of an expected pull has left. Its `Settled` comes at once."""
+        self._orders.put(_Cancel(transfer_id))
+
+    def forget(self, transfer_id: TransferId) -> None:
+        """An announced transfer is not going to be read: release its lease."""
+        self._orders.put(_Forget(transfer_id))
+
+    def take_reports(self) -> list[Report]:
+        """Reports since the last call, oldest first."""
+        taken = []
+        while self._reports:
+            taken.append(self._reports.popleft())
+        return taken
+
+    @property
+    def has_reports(self) -> bool:
+        """Whether `take_reports` would return something."""
+        return bool(self._reports)
+
+    # The thread.
+
+    def _run(self) -> None:
+        self._poller.register(self._orders.fileno(), zmq.POLLIN)
+        for link in self._links:
+            self._poller.register(link, zmq.POLLIN)
+        while True:
+            try:
+                ready = dict(self._poller.poll(self._timeout_ms(time.monotonic())))
+                if not self._obey(self._orders.take_all()):
+                    break
+                self._hear_workers(ready)
+                self._hear_peers(ready)
+                self._keep_time(time.monotonic())
+            except Exception:  # whatever a peer sends, this thread outlives it
+                logger.exception("control.failed")
+        self._close()
+
+    def _obey(self, orders: Sequence[_Order]) -> bool:
+        for order in orders:
+            match order:
+                case _Announce():
+                    self._announced(order, time.monotonic())
+                case _Expect():
+                    self._expected(order.transfer_id, time.monotonic())
+                case _Cancel():
+                    self._give_up(order.transfer_id, "cancelled", "client_left")
+                case _Forget():
+                    self._forgotten(order.transfer_id)
+                case _Stop():
+                    return False
+        return True
+
+    def _announced(self, order: _Announce, now_s: float) -> None:
+        self._pulls[order.transfer_id] = Pull(transfer_id=order.transfer_id, engine_id=order.engine_id)
+        if self._renew_at_s is None:
+            self._renew_at_s = now_s + self._renew_interval_s
+        peer = self._peers.get(order.engine_id)
+        if peer is None:
+            peer = self._peers[order.engine_id] = Peer(engine_id=order.engine_id, address=order.address)
+            self._greet(peer, now_s)
+        elif peer.phase == "failed" and now_s >= peer.retry_at_s:
+            self._greet(peer, now_s)
+
+    def _expected(self, transfer_id: TransferId, now_s: float) -> None:
+        pull = self._pulls.get(transfer_id)
+        if pull is None:  # lost or forgotten between the scheduler's look and its order: the read still comes
+            pull = self._pulls[transfer_id] = Pull(transfer_id=transfer_id, engine_id=EngineId(""))
+            pull.error = "lease_expired"
+        pull.phase, pull.waiting = "reading", set(range(len(self._links)))
+        pull.deadline_s = now_s + self._pull_timeout_s
+        if pull.error:
+            self._give_up(transfer_id, "failed", pull.error)
+
+    def _forgotten(self, transfer_id: TransferId) -> None:
+        pull = self._pulls.pop(transfer_id, None)
+        if pull is not None:
+            self._release(pull)
+
+    # Workers.
+
+    def _hear_workers(self, ready: Mapping[Any, int]) -> None:
+        for index, link in enumerate(self._links):
+            if link not in ready:
+                continue
+            for frames in _frames(link):
+                message = messages.decode_or_none(messages.from_worker, frames)
+                if message is not None:
+                    self._worker_said(index, message)
+
+    def _worker_said(self, index: int, message: FromWorker) -> None:
+        match message:
+            case ReadEnded():
+                self._read_ended(index, message)
+            case PeerState():
+                self._peer_state(index, message)
+
+    def _read_ended(self, index: int, ended: ReadEnded) -> None:
+        pull = self._pulls.get(ended.transfer_id)
+        if pull is None or index not in pull.waiting:
+            return
+        pull.waiting.discard(index)
+        pull.num_bytes += ended.num_bytes
+        pull.num_descriptors += ended.num_descriptors
+        pull.read_s = max(pull.read_s, ended.seconds)
+        if ended.error and pull.phase == "reading":
+            logger.warning("transfer.failed transfer=%s error=%s", ended.transfer_id, ended.error)
+            self._give_up(ended.transfer_id, "failed", "transport")
+        elif not pull.waiting and pull.phase == "reading":
+            pull.phase, pull.proving_since_s = "proving", time.monotonic()
+            self._release(pull)
+        elif not pull.waiting and pull.phase == "draining":
+            self._over(pull, drained=True)
+
+    def _peer_state(self, index: int, state: PeerState) -> None:
+        peer = self._peers.get(state.engine_id)
+        if peer is None or peer.phase != "connecting":
+            return
+        if state.error:
+            logger.error("handshake.failed engine=%s error=%s", state.engine_id, state.error)
+            self._lose(peer, "incompatible" if "do not fit" in state.error else "peer_unreachable")
+            return
+        peer.waiting_ranks.discard(index)
+        if not peer.waiting_ranks:
+            peer.ready()
+            logger.info("handshake.done engine=%s", peer.engine_id)
+
+    def _tell_workers(self, message: ToWorker, *, only: Sequence[int] | None = None) -> None:
+        frame = messages.encode(message)
+        for index, link in enumerate(self._links):
+            if only is None or index in only:
+                link.send(frame, zmq.NOBLOCK)
+
+    # Prefill engines.
+
+    def _greet(self, peer: Peer, now_s: float) -> None:
+        try:
+            peer.open(self._context, self._keys, now_s=now_s)
+        except zmq.ZMQError as error:
+            logger.error("handshake.failed engine=%s error=%s", peer.engine_id, error)
+            peer.fail("peer_unreachable", now_s=now_s)
+            return
+        self._poller.register(peer.socket, zmq.POLLIN)
+        self._poller.register(peer.monitor, zmq.POLLIN)
+        peer.send(
+            messages.encode(
+                Hello(version=messages.PROTOCOL_VERSION, engine_id=peer.engine_id, fingerprint=self._fingerprint)
+            )
+        )
+
+    def _hear_peers(self, ready: Mapping[Any, int]) -> None:
+        for peer in list(self._peers.values()):
+            if peer.socket is not None and peer.socket in ready:
+                for frames in _frames(peer.socket):
+                    message = messages.decode_or_none(messages.from_prefill, frames)
+                    if message is None:
+                        self.num_bad_frames += 1
+                    else:
+                        self._peer_said(peer, message)
+            if peer.monitor is not None and peer.monitor in ready and list(_frames(peer.monitor)):
+                logger.warning("control.disconnected engine=%s phase=%s", peer.engine_id, peer.phase)
+                self._lose(peer, "peer_lost")
+
+    def _peer_said(self, peer: Peer, message: FromPrefill) -> None:
+        match message:
+            case Welcome():
+                self._welcomed(peer, message.ranks)
+            case Refused():
+                logger.error(
+                    "handshake.refused: the engines do not fit: %s is %r on prefill and %r on decode; "
+                    "start both with the same %s",
+                    message.factor, message.prefill, message.decode, message.factor,
+                )  # fmt: skip
+                self._lose(peer, "incompatible")
+            case NotHere():
+                self._lose(peer, "peer_lost")
+            case Renewed():
+                for transfer_id in message.lost:
+                    self._lost(transfer_id)
+            case Released():
+                self._proven(message)
+            case StatusReply():
+                pass  # asked for by nobody here
+
+    def _welcomed(self, peer: Peer, ranks: Sequence[RankInfo]) -> None:
+        if peer.phase != "greeting":
+            return
+        by_rank = {(rank.pp_rank, rank.tp_rank): rank for rank in ranks}
+        if set(by_rank) != set(self._worker_ranks):
+            logger.error(
+                "handshake.refused: prefill has %d workers and decode %d; start both with the same "
+                "--tensor-parallel-size and --pipeline-parallel-size", len(by_rank), len(self._worker_ranks),
+            )  # fmt: skip
+            self._lose(peer, "incompatible")
+            return
+        peer.phase, peer.waiting_ranks = "connecting", set(range(len(self._links)))
+        for index, rank in enumerate(self._worker_ranks):
+            self._tell_workers(ConnectPeer(engine_id=peer.engine_id, rank=by_rank[rank]), only=[index])
+
+    def _proven(self, released: Released) -> None:
+        pull = self._pulls.get(released.transfer_id)
+        if pull is None or pull.phase != "proving":
+            return
+        if released.ok:
+            self._report(pull.settled("received", now_s=time.monotonic()))
+        else:
+            logger.warning("transfer.late transfer=%s: prefill had let the blocks go", released.transfer_id)
+            self._report(pull.settled("failed", "lease_expired", now_s=time.monotonic()))
+        self._over(pull)
+
+    def _lost(self, transfer_id: TransferId) -> None:
+        """Prefill no longer holds this transfer's blocks."""
+        pull = self._pulls.get(transfer_id)
+        if pull is None:
+            return
+        if pull.phase == "announced":
+            pull.error = "lease_expired"
+        elif pull.phase == "reading":
+            self._give_up(transfer_id, "failed", "lease_expired")
+
+    def _lose(self, peer: Peer, cause: str) -> None:
+        """This peer cannot be used: fail what waits for it, then try again later if it is still wanted."""
+        if peer.socket is not None:
+            self._poller.unregister(peer.socket)
+            self._poller.unregister(peer.monitor)
+        peer.fail(cause, now_s=time.monotonic())
+        self._tell_workers(DisconnectPeer(engine_id=peer.engine_id))
+        for pull in [pull for pull in self._pulls.values() if pull.engine_id == peer.engine_id]:
+            if pull.phase == "announced":
+                pull.error = cause
+            else:
+                self._give_up(pull.transfer_id, "failed", cause)
+
+    # Pulls.
+
+    def _give_up(self, transfer_id: TransferId, result: Result, cause: str) -> None:
+        pull = self._pulls.get(transfer_id)
+        if pull is None or pull.phase == "draining":
+            return
+        if pull.phase == "announced":
+            self._forgotten(transfer_id)
+            return
+        self._report(pull.settled(result, cause))
+        if pull.waiting:
+            self._tell_workers(CancelRead(transfer_id=transfer_id), only=sorted(pull.waiting))
+            pull.phase, pull.deadline_s = "draining", None
+        else:
+            self._over(pull, drained=False)
+        self._release(pull)
+
+    def _release(self, pull: Pull) -> None:
+        peer = self._peers.get(pull.engine_id)
+        if peer is not None:
+            peer.send(messages.encode(Release(engine_id=pull.engine_id, transfer_id=pull.transfer_id)))
+
+    def _over(self, pull: Pull, *, drained: bool = False) -> None:
+        self._pulls.pop(pull.transfer_id, None)
+        if drained:
+            self._report(Drained(pull.transfer_id))
+
+    def _report(self, report: Report) -> None:
+        self._reports.append(report)
+        self._on_report()
+
+    # Time.
+
+    def _keep_time(self, now_s: float) -> None:
+        for pull in list(self._pulls.values()):
+            if pull.deadline_s is not None and now_s >= pull.deadline_s:
+                logger.warning("transfer.timeout transfer=%s phase=%s", pull.transfer_id, pull.phase)
+                self._give_up(pull.transfer_id, "failed", "pull_timeout")
+        for peer in list(self._peers.values()):
+            if peer.phase in ("greeting", "connecting") and now_s >= peer.deadline_s:
+                logger.error(
+                    "handshake.timeout engine=%s phase=%s: check that decode reaches prefill's --kv-control-host and "
+                    "that both use the same deployment key", peer.engine_id, peer.phase,
+                )  # fmt: skip
+                self._lose(peer, "handshake_timeout")
+        self._forget_unused_peers()
+        if self._renew_at_s is not None and now_s >= self._renew_at_s:
+            self._renew(now_s)
+
+    def _renew(self, now_s: float) -> None:
+        wanted: dict[EngineId, list[TransferId]] = {}
+        for pull in self._pulls.values():
+            if pull.phase in ("announced", "reading"):
+                wanted.setdefault(pull.engine_id, []).append(pull.transfer_id)
+        for engine_id, transfer_ids in wanted.items():
+            peer = self._peers.get(engine_id)
+            if peer is not None:
+                peer.send(messages.encode(Renew(engine_id=engine_id, transfer_ids=tuple(transfer_ids))))
+        self._renew_at_s = now_s + self._renew_interval_s if wanted else None
+
+    def _forget_unused_peers(self) -> None:
+        """A failed peer is kept while a request refers to it, so that its cause can be told."""
+        used = {pull.engine_id for pull in self._pulls.values()}
+        for engine_id in [key for key, peer in self._peers.items() if peer.phase == "failed" and key not in used]:
+            if time.monotonic() >= self._peers[engine_id].retry_at_s:
+                del self._peers[engine_id]
+
+    def _timeout_ms(self, now_s: float) -> int | None:
+        times = [pull.deadline_s for pull in self._pulls.values() if pull.deadline_s is not None]
+        times.extend(peer.deadline_s for peer in self._peers.values() if peer.phase in ("greeting", "connecting"))
+        times.extend(peer.retry_at_s for peer in self._peers.values() if peer.phase == "failed")
+        if self._renew_at_s is not None:
+            times.append(self._renew_at_s)
+        return max(0, int((min(times) - now_s) * 1000) + 1) if times else None
+
+    def _close(self) -> None:
+        for peer in self._peers.values():
+            peer.close()
+        self._orders.close()
+        self._context.destroy(linger=100)
+
+
+def _frames(socket: zmq.Socket[Any]) -> Iterator[list[bytes]]:
+    """What waits on a socket, a bounded number of messages at a time."""
+    for _ in range(_MAX_FRAMES_PER_TURN):
+        try:
+            yield socket.recv_multipart(zmq.NOBLOCK)
+        except (zmq.Again, zmq.ZMQError):
+            return

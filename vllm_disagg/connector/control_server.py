@@ -1,0 +1,203 @@
+"""Prefill's end of the control channel: one thread that answers decode instances about the blocks held for them.
+
+It sleeps unless a frame arrives, a lease runs out, or a hold is granted. While decode instances may be connecting or
+reading it asks its workers to serve them (`Progress`), and to stop when nobody is left.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import zmq
+
+from vllm_disagg.connector import messages
+from vllm_disagg.connector.holds import Holds
+from vllm_disagg.connector.mailbox import Mailbox
+from vllm_disagg.connector.messages import (
+    Forbid,
+    FromPrefill,
+    Hello,
+    NotHere,
+    Progress,
+    RankInfo,
+    Refused,
+    Release,
+    Released,
+    Renew,
+    Renewed,
+    Status,
+    StatusReply,
+    ToPrefill,
+    Welcome,
+)
+from vllm_disagg.connector.secure import CurveKeys, client_socket, server_socket, start_authenticator
+from vllm_disagg.core.fingerprint import check_compatible
+from vllm_disagg.core.types import EngineId
+from vllm_disagg.errors import ConfigError, IncompatiblePeer
+
+logger = logging.getLogger(__name__)
+
+HANDSHAKE_GRACE_S = 5.0
+"""How long workers serve peers after a handshake, so that connections come up before the first read."""
+
+_MAX_FRAMES_PER_TURN = 256
+
+
+class PrefillControl:
+    """Answers decode instances. `start` binds and runs the thread; `stop` ends it.
+
+    Args:
+        engine_id: this run of this engine.
+        address: `tcp://host:port` to bind.
+        keys: the deployment's CURVE keys.
+        fingerprint: what a decode instance must have in common with us.
+        ranks: our workers' memory, given to compatible decode instances.
+        worker_links: endpoints of our workers, in the order of `ranks`.
+        holds: the table of held blocks.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine_id: EngineId,
+        address: str,
+        keys: CurveKeys,
+        fingerprint: Mapping[str, str],
+        ranks: Sequence[RankInfo],
+        worker_links: Sequence[str],
+        holds: Holds,
+    ) -> None:
+        self._engine_id, self._keys, self._holds = engine_id, keys, holds
+        self._fingerprint, self._ranks = dict(fingerprint), tuple(ranks)
+        self._mailbox: Mailbox[Literal["granted", "stop"]] = Mailbox()
+        self._serve_until_s = 0.0
+        self._serving = False
+        self.num_bad_frames = 0
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._authenticator = start_authenticator(self._context, keys)
+        self._router = server_socket(self._context, zmq.ROUTER, keys)
+        self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        try:
+            self._router.bind(address)
+        except zmq.ZMQError as error:
+            self._close()
+            raise ConfigError(
+                f"cannot listen on {address} for decode instances ({error.strerror}): "
+                "choose a free --kv-control-port, or another --kv-control-host"
+            ) from error
+        self._links = [client_socket(self._context, zmq.DEALER, keys) for _ in worker_links]
+        for link, endpoint in zip(self._links, worker_links, strict=True):
+            link.connect(endpoint)
+        self._thread = threading.Thread(target=self._run, name="disagg-prefill-control", daemon=True)
+
+    def start(self) -> None:
+        """Run the thread."""
+        self._thread.start()
+
+    def granted(self) -> None:
+        """A hold was granted: decode may read soon, and its expiry must be watched."""
+        self._mailbox.put("granted")
+
+    def stop(self) -> None:
+        """End the thread and close every socket. Idempotent."""
+        if self._thread.is_alive():
+            self._mailbox.put("stop")
+            self._thread.join(timeout=5.0)
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        poller.register(self._mailbox.fileno(), zmq.POLLIN)
+        for link in self._links:
+            poller.register(link, zmq.POLLIN)
+        stopping = False
+        while not stopping:
+            try:
+                ready = dict(poller.poll(self._timeout_ms()))
+                stopping = "stop" in self._mailbox.take_all()
+                if self._router in ready:
+                    self._answer_all()
+                for link in self._links:
+                    if link in ready:
+                        link.recv_multipart()  # workers of a prefill instance report nothing
+                if self._holds.expire():
+                    logger.warning(
+                        "lease.expired: decode neither fetched nor renewed a prompt's KV; the prompt is recomputed "
+                        "there. Raise --kv-lease-s or add decode instances if this repeats"
+                    )
+                self._direct_workers()
+            except Exception:  # whatever a peer sends, this thread outlives it
+                logger.exception("control.failed")
+        self._close()
+
+    def _timeout_ms(self) -> int | None:
+        waits = [wait for wait in (self._holds.seconds_to_expiry(),) if wait is not None]
+        if self._serving and not len(self._holds):
+            waits.append(max(0.0, self._serve_until_s - time.monotonic()))
+        return int(min(waits) * 1000) + 1 if waits else None
+
+    def _direct_workers(self) -> None:
+        wanted = len(self._holds) > 0 or time.monotonic() < self._serve_until_s
+        if wanted != self._serving:
+            self._serving = wanted
+            for link in self._links:
+                link.send(messages.encode(Progress(active=wanted)), zmq.NOBLOCK)
+
+    def _answer_all(self) -> None:
+        for _ in range(_MAX_FRAMES_PER_TURN):  # then look after leases, however many frames wait
+            try:
+                sender, *frames = self._router.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            message = messages.decode_or_none(messages.to_prefill, frames)
+            if message is None:
+                self.num_bad_frames += 1
+                logger.debug("control.bad_frame")
+                continue
+            answer = self._answer(message)
+            try:
+                self._router.send_multipart([sender, messages.encode(answer)], zmq.NOBLOCK)
+            except zmq.ZMQError as error:  # the peer has gone or does not read
+                logger.debug("control.unsent kind=%s error=%s", messages.describe(answer), error)
+
+    def _answer(self, message: ToPrefill) -> FromPrefill:
+        match message:
+            case Hello():
+                return self._greet(message)
+            case Renew():
+                mine = message.engine_id == self._engine_id
+                lost = self._holds.renew(message.transfer_ids) if mine else message.transfer_ids
+                return Renewed(engine_id=message.engine_id, lost=lost)
+            case Release():
+                ok = message.engine_id == self._engine_id and self._holds.release(message.transfer_id)
+                return Released(transfer_id=message.transfer_id, ok=ok)
+            case Forbid():
+                return Released(transfer_id=message.transfer_id, ok=self._holds.forbid(message.transfer_id))
+            case Status():
+                num_held, num_blocks, oldest_s = self._holds.usage()
+                return StatusReply(
+                    engine_id=self._engine_id, num_held=num_held, num_held_blocks=num_blocks, oldest_hold_s=oldest_s
+                )
+
+    def _greet(self, hello: Hello) -> FromPrefill:
+        if hello.engine_id != self._engine_id:
+            return NotHere(expected=hello.engine_id)
+        try:
+            ours = {"vllm_disagg protocol": str(messages.PROTOCOL_VERSION), **self._fingerprint}
+            check_compatible(ours, {"vllm_disagg protocol": str(hello.version), **hello.fingerprint})
+        except IncompatiblePeer as refusal:
+            logger.error("handshake.refused %s", refusal)
+            return Refused(
+                engine_id=self._engine_id, factor=refusal.factor, prefill=refusal.ours, decode=refusal.theirs
+            )
+        self._serve_until_s = time.monotonic() + HANDSHAKE_GRACE_S
+        return Welcome(engine_id=self._engine_id, ranks=self._ranks)
+
+    def _close(self) -> None:
+        self._mailbox.close()
+        self._authenticator.stop()
+        self._context.destroy(linger=100)

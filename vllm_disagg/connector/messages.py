@@ -1,0 +1,189 @@
+"""Everything that is said between engines, and between an engine's core and its workers. Version history:
+
+1  first version
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from vllm_disagg.core.types import EngineId, TransferId
+from vllm_disagg.transport.layout import RankLayout
+
+PROTOCOL_VERSION = 1
+
+M = TypeVar("M")
+
+
+class _Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True, tag=True):
+    """Base of all messages: closed schema, the class name as tag."""
+
+
+class RankInfo(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
+    """One worker's memory. `descriptor` is a secret: it lets its holder read the KV cache."""
+
+    tp_rank: int
+    pp_rank: int
+    descriptor: bytes
+    layout: RankLayout
+
+
+# Decode (or a frontend of the same engine) to prefill.
+
+
+class Hello(_Message, frozen=True):
+    """May I read from you? `engine_id` is whom the sender expects; a restarted engine is another one."""
+
+    version: int
+    engine_id: EngineId
+    fingerprint: dict[str, str]
+
+
+class Renew(_Message, frozen=True):
+    """I still want the KV of these transfers."""
+
+    engine_id: EngineId
+    transfer_ids: tuple[TransferId, ...]
+
+
+class Release(_Message, frozen=True):
+    """I have read the blocks of this transfer, or want them no more. Answered with `Released`."""
+
+    engine_id: EngineId
+    transfer_id: TransferId
+
+
+class Forbid(_Message, frozen=True):
+    """The client has left: let this transfer's blocks go, also if its prompt is still being computed."""
+
+    transfer_id: TransferId
+
+
+class Status(_Message, frozen=True):
+    """How are you? Answered with `StatusReply`."""
+
+
+# Prefill's answers.
+
+
+class Welcome(_Message, frozen=True):
+    """You may read from these ranks."""
+
+    engine_id: EngineId
+    ranks: tuple[RankInfo, ...]
+
+
+class Refused(_Message, frozen=True):
+    """You may not; `factor` differs. `prefill` and `decode` are the two values."""
+
+    engine_id: EngineId
+    factor: str
+    prefill: str
+    decode: str
+
+
+class NotHere(_Message, frozen=True):
+    """The engine you expect has ended; another one listens here now."""
+
+    expected: EngineId
+
+
+class Renewed(_Message, frozen=True):
+    """Of the transfers you asked to keep, these are gone."""
+
+    engine_id: EngineId
+    lost: tuple[TransferId, ...]
+
+
+class Released(_Message, frozen=True):
+    """`ok`: the blocks were held until this moment, so what was read of them is right. Otherwise they were not."""
+
+    transfer_id: TransferId
+    ok: bool
+
+
+class StatusReply(_Message, frozen=True):
+    """What a prefill engine holds."""
+
+    engine_id: EngineId
+    num_held: int
+    num_held_blocks: int
+    oldest_hold_s: float
+
+
+# An engine's core to its workers.
+
+
+class Progress(_Message, frozen=True):
+    """Serve peers' connections and reads, or stop doing so."""
+
+    active: bool
+
+
+class ConnectPeer(_Message, frozen=True):
+    """Get ready to read from this rank of that engine. Answered with `PeerState`."""
+
+    engine_id: EngineId
+    rank: RankInfo
+
+
+class DisconnectPeer(_Message, frozen=True):
+    """Forget that engine."""
+
+    engine_id: EngineId
+
+
+class CancelRead(_Message, frozen=True):
+    """Stop reading for this transfer. Its `ReadEnded` still comes."""
+
+    transfer_id: TransferId
+
+
+# A worker to its engine's core.
+
+
+class PeerState(_Message, frozen=True):
+    """Whether this worker can read from that engine; `error` is empty if so."""
+
+    engine_id: EngineId
+    error: str = ""
+
+
+class ReadEnded(_Message, frozen=True):
+    """This worker's part of a read is over and nothing will be written any more. `error` is empty if all arrived."""
+
+    transfer_id: TransferId
+    num_bytes: int
+    num_descriptors: int
+    seconds: float
+    error: str = ""
+
+
+ToPrefill = Hello | Renew | Release | Forbid | Status
+FromPrefill = Welcome | Refused | NotHere | Renewed | Released | StatusReply
+ToWorker = Progress | ConnectPeer | DisconnectPeer | CancelRead
+FromWorker = PeerState | ReadEnded
+
+to_prefill: msgspec.msgpack.Decoder[ToPrefill] = msgspec.msgpack.Decoder(ToPrefill)
+from_prefill: msgspec.msgpack.Decoder[FromPrefill] = msgspec.msgpack.Decoder(FromPrefill)
+to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+
+encode = msgspec.msgpack.encode
+
+
+def decode_or_none(decoder: msgspec.msgpack.Decoder[M], frames: list[bytes]) -> M | None:
+    """Decode a one-frame message; None for anything malformed, which a caller counts and drops."""
+    if len(frames) != 1:
+        return None
+    try:
+        return decoder.decode(frames[0])
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def describe(message: Any) -> str:
+    """A message's kind, for logs. Never its content: descriptors are secrets."""
+    return type(message).__name__

@@ -1,0 +1,74 @@
+"""Decode's view of the prefill engines it reads from: a socket, a state, and when to try again."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import zmq
+
+from vllm_disagg.connector.secure import CurveKeys, client_socket
+from vllm_disagg.core.types import EngineId
+
+logger = logging.getLogger(__name__)
+
+PeerPhase = Literal["greeting", "connecting", "ready", "failed"]
+
+HELLO_TIMEOUT_S = 5.0
+_FIRST_BACKOFF_S, _LAST_BACKOFF_S = 1.0, 30.0
+_DISCONNECTED = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+
+
+@dataclass(slots=True, kw_only=True)
+class Peer:
+    """One run of one prefill engine, as seen by the decode control thread.
+
+    greeting -> connecting -> ready; any of them -> failed, and after a back-off greeting again.
+    """
+
+    engine_id: EngineId
+    address: str
+    phase: PeerPhase = "greeting"
+    cause: str = ""
+    deadline_s: float = 0.0
+    waiting_ranks: set[int] = field(default_factory=set)
+    retry_at_s: float = 0.0
+    num_failures: int = 0
+    socket: zmq.Socket[Any] | None = None
+    monitor: zmq.Socket[Any] | None = None
+
+    def open(self, context: zmq.Context[Any], keys: CurveKeys, *, now_s: float) -> None:
+        """Connect the control channel and start greeting."""
+        self.socket = client_socket(context, zmq.DEALER, keys)
+        self.monitor = self.socket.get_monitor_socket(_DISCONNECTED)
+        self.socket.connect(self.address)
+        self.phase, self.cause, self.deadline_s = "greeting", "", now_s + HELLO_TIMEOUT_S
+
+    def send(self, frame: bytes) -> None:
+        """Queue a frame; a peer that reads nothing loses it, and the deadline of what it answers does the rest."""
+        if self.socket is not None:
+            try:
+                self.socket.send(frame, zmq.NOBLOCK)
+            except zmq.Again:
+                logger.warning("control.peer_reads_nothing engine=%s", self.engine_id)
+
+    def fail(self, cause: str, *, now_s: float) -> None:
+        """Close the channel and wait longer each time before the next attempt."""
+        self.close()
+        self.phase, self.cause = "failed", cause
+        self.retry_at_s = now_s + min(_LAST_BACKOFF_S, _FIRST_BACKOFF_S * 2**self.num_failures)
+        self.num_failures += 1
+
+    def ready(self) -> None:
+        """Every rank can read."""
+        self.phase, self.num_failures = "ready", 0
+
+    def close(self) -> None:
+        """Close the sockets. Idempotent."""
+        if self.socket is not None:
+            self.socket.disable_monitor()
+            self.socket.close()
+        if self.monitor is not None:
+            self.monitor.close()
+        self.socket = self.monitor = None

@@ -1,0 +1,88 @@
+"""ZeroMQ sockets that only engines of one deployment can open to each other.
+
+Both CURVE key pairs, the server's and the clients', are derived from the deployment key: whoever holds it can prove
+it, nobody else gets past the ZeroMQ handshake, and everything on the wire is encrypted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils import z85
+
+from vllm_disagg.core.keys import derive
+
+MAX_FRAME_BYTES = 16 * 1024 * 1024
+_CLOSE_LINGER_MS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class CurveKeys:
+    """The two CURVE key pairs of a deployment, Z85 text."""
+
+    server_public: bytes
+    server_secret: bytes
+    client_public: bytes
+    client_secret: bytes
+
+    def __repr__(self) -> str:
+        return "CurveKeys(...)"
+
+
+def curve_keys(deployment_key: bytes) -> CurveKeys:
+    """Derive the key pairs; the same key gives the same pairs on every host."""
+    server_secret = z85.encode(derive(deployment_key, "curve-server"))
+    client_secret = z85.encode(derive(deployment_key, "curve-client"))
+    return CurveKeys(
+        server_public=zmq.curve_public(server_secret),
+        server_secret=server_secret,
+        client_public=zmq.curve_public(client_secret),
+        client_secret=client_secret,
+    )
+
+
+class _OnlyDeploymentKey:
+    """Tells ZeroMQ's authenticator which client key to let in (it calls this `callback`)."""
+
+    def __init__(self, keys: CurveKeys) -> None:
+        self._accepted = z85.decode(keys.client_public)
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Whether the raw 32-byte client key may connect."""
+        return key == self._accepted
+
+
+def start_authenticator(context: zmq.Context[Any], keys: CurveKeys) -> ThreadAuthenticator:
+    """Guard every CURVE server socket of `context`. The caller stops it before it ends the context."""
+    authenticator = ThreadAuthenticator(context)
+    authenticator.start()
+    authenticator.configure_curve_callback(credentials_provider=_OnlyDeploymentKey(keys))
+    return authenticator
+
+
+def server_socket(context: zmq.Context[Any], kind: int, keys: CurveKeys) -> zmq.Socket[Any]:
+    """A socket to bind: refuses peers without the deployment key and oversized frames."""
+    socket = _socket(context, kind)
+    socket.curve_server = True
+    socket.curve_publickey = keys.server_public
+    socket.curve_secretkey = keys.server_secret
+    return socket
+
+
+def client_socket(context: zmq.Context[Any], kind: int, keys: CurveKeys) -> Any:
+    """A socket to connect: speaks only to a server that holds the deployment key."""
+    socket = _socket(context, kind)
+    socket.curve_serverkey = keys.server_public
+    socket.curve_publickey = keys.client_public
+    socket.curve_secretkey = keys.client_secret
+    return socket
+
+
+def _socket(context: zmq.Context[Any], kind: int) -> zmq.Socket[Any]:
+    socket: zmq.Socket[Any] = context.socket(kind)
+    socket.linger = _CLOSE_LINGER_MS
+    socket.maxmsgsize = MAX_FRAME_BYTES
+    return socket

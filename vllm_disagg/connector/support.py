@@ -1,0 +1,63 @@
+"""What the connector needs of vLLM's platform and model, and what it refuses, by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_disagg.errors import ConfigError
+from vllm_disagg.transport.base import CANCEL_BOUND_S
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+OVERDUE_GRACE_S = CANCEL_BOUND_S + 3.0
+"""Beyond twice the pull timeout, how long a parked request may stay unsettled before the scheduler half fails it."""
+
+
+def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Refuse at start what would be wrong at run time.
+
+    Raises:
+        ConfigError: names the flag or the property of the model.
+    """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    parallel = vllm_config.parallel_config
+    if parallel.data_parallel_size > 1:
+        raise ConfigError("--kv-role does not support --data-parallel-size above 1: start one instance per replica")
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        raise ConfigError("--kv-role does not support context parallelism: its KV cache is cut along the tokens")
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1 or type(groups[0].kv_cache_spec).__name__ not in ("FullAttentionSpec", "MLAAttentionSpec"):
+        kinds = ", ".join(sorted({type(group.kv_cache_spec).__name__ for group in groups})) or "none"
+        raise ConfigError(
+            f"--kv-role supports models whose layers all keep full attention KV ({FullAttentionSpec.__name__} or "
+            f"MLAAttentionSpec in one group); this one has {len(groups)} group(s) of {kinds}"
+        )
+
+
+def steps_are_synchronous() -> bool:
+    """Whether every earlier step's writes to the KV cache have ended when a step begins. So on CPU."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def worker_rank() -> tuple[int, int]:
+    """This worker's `(pp_rank, tp_rank)`, as vLLM keys handshake metadata."""
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    return get_pp_group().rank_in_group, get_tp_group().rank_in_group
+
+
+def instruction_set(vllm_config: VllmConfig) -> str:
+    """What packs the inside of a block: on CPU the attention kernel's instruction set, elsewhere the platform."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return str(current_platform.device_type)
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    return str(_get_attn_isa(model.dtype, cache.block_size, model.get_head_size(), str(cache.cache_dtype)))

@@ -1,0 +1,116 @@
+"""Two routes on the API server of an engine with a role, for the proxy:
+
+    GET  /disagg/status    the role and the fingerprint of this engine
+    POST /disagg/release   {"transfer_id": ...}: the client has left, let its KV go (prefill instances)
+
+A transfer id is 128 random bits that only the proxy and the two engines know; whoever names one may release it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from vllm_disagg.config import EngineSettings
+from vllm_disagg.connector import messages
+from vllm_disagg.connector.engine_fingerprint import config_fingerprint
+from vllm_disagg.connector.messages import Forbid, Released
+from vllm_disagg.connector.secure import client_socket, curve_keys
+from vllm_disagg.core.keys import load_key
+from vllm_disagg.core.types import TransferId, is_transfer_id
+
+STATUS_PATH, RELEASE_PATH = "/disagg/status", "/disagg/release"
+RELEASE_TIMEOUT_S = 2.0
+_MAX_BODY_BYTES = 4096
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class DisaggFrontend:
+    """ASGI middleware that vLLM's `--middleware` loads by its import path."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._fingerprint: dict[str, str] | None = None
+        self._context: zmq.asyncio.Context | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer our two routes, pass everything else on."""
+        route = (scope.get("method"), scope.get("path")) if scope["type"] == "http" else None
+        if route == ("GET", STATUS_PATH):
+            await _reply(send, 200, await self._status(scope))
+        elif route == ("POST", RELEASE_PATH):
+            await _reply(send, *await self._release(scope, receive))
+        else:
+            await self._app(scope, receive, send)
+
+    async def _status(self, scope: Scope) -> dict[str, Any]:
+        vllm_config = scope["app"].state.vllm_config
+        if self._fingerprint is None:
+            self._fingerprint = await asyncio.to_thread(config_fingerprint, vllm_config)
+        return {"role": _settings(vllm_config).role, "fingerprint": self._fingerprint}
+
+    async def _release(self, scope: Scope, receive: Receive) -> tuple[int, dict[str, Any]]:
+        settings = _settings(scope["app"].state.vllm_config)
+        transfer_id = _transfer_id(await _body(receive))
+        if transfer_id is None:
+            return 400, {"error": 'expected {"transfer_id": "<32 hex digits>"}'}
+        if settings.role != "prefill":
+            return 200, {"released": False}
+        try:
+            released = await asyncio.wait_for(self._forbid(settings, transfer_id), RELEASE_TIMEOUT_S)
+        except TimeoutError:
+            return 504, {"error": "the engine did not answer"}
+        return 200, {"released": released}
+
+    async def _forbid(self, settings: EngineSettings, transfer_id: TransferId) -> bool:
+        """Ask this instance's own control channel, as any engine of the deployment may."""
+        if self._context is None:
+            self._context = zmq.asyncio.Context()
+        with client_socket(self._context, zmq.DEALER, curve_keys(load_key(settings.key_file))) as link:
+            link.connect(f"tcp://{settings.control_host}:{settings.control_port}")
+            await link.send(messages.encode(Forbid(transfer_id=transfer_id)))
+            answer = messages.decode_or_none(messages.from_prefill, await link.recv_multipart())
+        return isinstance(answer, Released) and answer.ok
+
+
+def _settings(vllm_config: Any) -> EngineSettings:
+    return EngineSettings.from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
+
+
+def _transfer_id(body: bytes) -> TransferId | None:
+    try:
+        value = msgspec.json.decode(body, type=dict[str, str])
+    except msgspec.DecodeError:
+        return None
+    transfer_id = value.get("transfer_id")
+    return transfer_id if is_transfer_id(transfer_id) else None
+
+
+async def _body(receive: Receive) -> bytes:
+    """The request's body, or nothing if it is longer than any we accept."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            return b""
+        body += message.get("body", b"")
+        if len(body) > _MAX_BODY_BYTES:
+            return b""
+        more = message.get("more_body", False)
+    return body
+
+
+async def _reply(send: Send, status: int, content: dict[str, Any]) -> None:
+    body = msgspec.json.encode(content)
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

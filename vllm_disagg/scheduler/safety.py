@@ -1,0 +1,77 @@
+"""What both roles' schedulers owe the connector and the engine, whatever a request carries."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from vllm_disagg.connector import DisaggConnector
+from vllm_disagg.connector.decode_side import ReceiveReport
+from vllm_disagg.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler as _Base
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+else:
+    _Base = object
+
+logger = logging.getLogger(__name__)
+
+
+class SafetyMixin(_Base):
+    """Over `vllm.v1.core.sched.scheduler.Scheduler`. Arguments are passed through untouched, `super()` always runs."""
+
+    connector: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.connector, DisaggConnector):
+            raise ConfigError("the schedulers of vllm_disagg need its connector: start the engine with --kv-role")
+        self.num_unknown_transfers = 0
+
+    def add_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Malformed KV parameters cost their request the split; in stock vLLM some of them end the engine."""
+        params = request.kv_transfer_params
+        if params is not None and not isinstance(params, dict):
+            logger.warning("request.bad_kv_params request=%s type=%s", request.request_id, type(params).__name__)
+            request.kv_transfer_params = None
+        super().add_request(request, *args, **kwargs)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """One step: first what has arrived or was given back since the last one."""
+        self._apply(self.connector.begin_step())
+        return super().schedule(*args, **kwargs)
+
+    def _apply(self, reports: list[ReceiveReport]) -> None:
+        if not reports:
+            return
+        from vllm.v1.outputs import KVConnectorOutput
+
+        failed = {report.request_id for report in reports if not report.ok}
+        if failed:
+            self._handle_failed_recving(failed)
+        self._update_from_kv_xfer_finished(
+            KVConnectorOutput(finished_recving={report.request_id for report in reports})
+        )
+
+    def _update_from_kv_xfer_finished(self, kv_connector_output: KVConnectorOutput, *args: Any, **kwargs: Any) -> None:
+        """An id that vLLM does not know, or not in a state to receive, is dropped; stock vLLM would end the engine."""
+        kv_connector_output.finished_sending = self._known(kv_connector_output.finished_sending, finished_only=True)
+        kv_connector_output.finished_recving = self._known(kv_connector_output.finished_recving, finished_only=False)
+        super()._update_from_kv_xfer_finished(kv_connector_output, *args, **kwargs)
+
+    def _known(self, request_ids: set[str] | None, *, finished_only: bool) -> set[str] | None:
+        from vllm.v1.request import RequestStatus
+
+        known: set[str] = set()
+        for request_id in request_ids or ():
+            request = self.requests.get(request_id)
+            finished = request is not None and RequestStatus.is_finished(request.status)
+            parked = request is not None and request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+            if finished or (parked and not finished_only):
+                known.add(request_id)
+            else:
+                self.num_unknown_transfers += 1
+                logger.error("transfer.unknown_request request=%s: dropped", request_id)
+        return known or None
