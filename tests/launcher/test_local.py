@@ -1,0 +1,194 @@
+"""A deployment of fake processes: it starts, reports what dies, and leaves nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_disagg.errors import ConfigError, IncompatiblePeer, LaunchError
+from vllm_disagg.launcher.console import Console
+from vllm_disagg.launcher.machine import Machine, free_ports
+from vllm_disagg.launcher.settings import UpSettings
+from vllm_disagg.launcher.up import deployed
+
+from .helpers import FAKE, MARK, assert_gone, marked, wait_for
+
+MACHINE = Machine(gpus=(), cores=((0,), (1,)), memory_bytes=2**30)
+
+
+@pytest.fixture
+def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv(MARK, str(tmp_path))
+    yield str(tmp_path)
+    for process in marked(str(tmp_path)):
+        process.kill()
+
+
+def settings(tmp_path: Path, **more: Any) -> UpSettings:
+    return UpSettings(model="org/fake", port=free_ports(1)[0], log_dir=str(tmp_path), stop_grace_s=5.0, **more)
+
+
+async def run(asked: UpSettings, *, then: Any = None, proxy: tuple[str, ...] = FAKE) -> str:
+    """Bring a deployment up, serve until `then` is over, take it down. Returns what the user saw."""
+    seen = io.StringIO()
+    async with deployed(asked, Console(seen), machine=MACHINE, engine_command=FAKE, proxy_command=proxy) as deployment:
+        if then is not None:
+            await then(deployment)
+    return seen.getvalue()
+
+
+async def test_a_deployment_starts_and_leaves_nothing(tmp_path: Path, mark: str) -> None:
+    seen = await run(settings(tmp_path, engine_arg=("--x-fake.grandchild=1",)))
+
+    assert "prefill-0: ready after" in seen and "decode-0: ready after" in seen
+    assert_gone(mark, within_s=0.5)
+    assert set(os.listdir(tmp_path)) == {"prefill-0.log", "decode-0.log", "proxy.log"}
+
+
+async def test_a_crash_at_start_is_reported_with_its_log(tmp_path: Path, mark: str) -> None:
+    with pytest.raises(LaunchError, match=r"(?s)decode-0 ended with exit status 3 while starting.*told to fail"):
+        await run(settings(tmp_path, prefill_arg=("--x-fake.start_s=60",), decode_arg=("--x-fake.fail=1",)))
+
+    assert_gone(mark, within_s=0.5)
+
+
+async def test_an_engine_that_never_gets_ready_is_given_up(tmp_path: Path, mark: str) -> None:
+    with pytest.raises(LaunchError, match="prefill-0 was not ready after 1 s"):
+        await run(settings(tmp_path, prefill_arg=("--x-fake.start_s=60",), start_timeout_s=1.0))
+
+    assert_gone(mark, within_s=0.5)
+
+
+async def test_engines_that_do_not_fit_are_refused(tmp_path: Path, mark: str) -> None:
+    with pytest.raises(IncompatiblePeer, match="dtype is 'float32' here and 'bfloat16' at the peer"):
+        await run(settings(tmp_path, decode_arg=("--x-fake.dtype=bfloat16",)))
+
+    assert_gone(mark, within_s=0.5)
+
+
+async def test_a_busy_port_is_found_before_anything_starts(tmp_path: Path, mark: str) -> None:
+    asked = settings(tmp_path)
+    with (
+        socket.create_server(("127.0.0.1", asked.port)),
+        pytest.raises(ConfigError, match="choose another with --port"),
+    ):
+        await run(asked)
+
+    assert not os.listdir(tmp_path)
+
+
+async def test_the_death_of_a_prefill_engine_is_reported_and_the_rest_serves(tmp_path: Path, mark: str) -> None:
+    seen = io.StringIO()
+    async with deployed(
+        settings(tmp_path, prefill_arg=("--x-fake.die_after_s=2",)),
+        Console(seen), machine=MACHINE, engine_command=FAKE, proxy_command=FAKE,
+    ) as deployment:  # fmt: skip
+        serving = asyncio.ensure_future(deployment.serve(restart=False))
+        await asyncio.wait({serving}, timeout=3.5)
+        assert not serving.done()
+        serving.cancel()
+
+    assert "prefill-0 ended with exit status 5 during service" in seen.getvalue()
+    assert "the others go on serving" in seen.getvalue()
+
+
+async def test_service_ends_with_the_last_decode_engine(tmp_path: Path, mark: str) -> None:
+    with pytest.raises(LaunchError, match="no decode engine is left"):
+        await run(settings(tmp_path, decode_arg=("--x-fake.die_after_s=2",)), then=lambda up: up.serve(restart=False))
+
+    assert_gone(mark, within_s=0.5)
+
+
+async def test_service_ends_with_the_proxy(tmp_path: Path, mark: str) -> None:
+    with pytest.raises(LaunchError, match="proxy ended with exit status 5"):
+        await run(settings(tmp_path), then=lambda up: up.serve(restart=True), proxy=(*FAKE, "die_after_s=2"))
+
+
+async def test_a_dead_engine_is_started_again_if_asked(tmp_path: Path, mark: str) -> None:
+    async def two_deaths(deployment: Any) -> None:
+        serving = asyncio.ensure_future(deployment.serve(restart=True))
+        log = tmp_path / "decode-0.log"
+        while log.read_text().count("has started") < 3:
+            assert not serving.done()
+            await asyncio.sleep(0.1)
+        serving.cancel()
+
+    async with asyncio.timeout(20):
+        seen = await run(settings(tmp_path, decode_arg=("--x-fake.die_after_s=1.5",)), then=two_deaths)
+
+    assert "decode-0: starting again in 1 s" in seen and "decode-0: starting again in 2 s" in seen
+
+
+LAUNCHER = textwrap.dedent(
+    """
+    import asyncio, sys
+    from vllm_disagg.launcher.console import Console
+    from vllm_disagg.launcher.settings import UpSettings
+    from vllm_disagg.launcher.up import deployed
+    from tests.launcher.test_local import FAKE, MACHINE, settings
+    from pathlib import Path
+
+    async def main():
+        arguments = ("--x-fake.deaf=1", "--x-fake.grandchild=1", *sys.argv[2:])
+        asked = settings(Path(sys.argv[1]), engine_arg=arguments)
+        async with deployed(
+            asked, Console(), machine=MACHINE, engine_command=FAKE, proxy_command=FAKE
+        ) as deployment:
+            print("serving", flush=True)
+            await deployment.serve(restart=False)
+
+    asyncio.run(main())
+    """
+)
+
+
+def launch(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+    root = Path(__file__).parents[2]
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(tmp_path), *arguments],
+        cwd=root, env={**os.environ, "PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_nothing_outlives_the_launcher(tmp_path: Path, mark: str, number: signal.Signals) -> None:
+    with launch(tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "serving\n"
+
+        process.send_signal(number)
+
+        assert_gone(mark, within_s=20)
+
+
+def test_nothing_outlives_a_launcher_killed_while_engines_start(tmp_path: Path, mark: str) -> None:
+    with launch(tmp_path, "--x-fake.start_s=60") as process:
+        wait_for(lambda: len(marked(mark)) >= 5)
+
+        process.kill()
+
+        assert_gone(mark, within_s=20)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_grace(tmp_path: Path, mark: str) -> None:
+    with launch(tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "serving\n"
+
+        process.send_signal(signal.SIGINT)
+        asyncio.run(asyncio.sleep(0.3))
+        process.send_signal(signal.SIGINT)
+
+        assert_gone(mark, within_s=3)
