@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
+from urllib.parse import urlsplit
 
 from vllm_disagg.errors import ConfigError
 
@@ -97,11 +98,18 @@ class ProxySettings:
     prefill_timeout_s: float = setting(
         120.0, "Seconds to wait for a prefill instance's answer before the request is served locally instead."
     )
-    first_event_timeout_s: float = setting(600.0, "Seconds to wait for a decode instance's first event.")
-    idle_timeout_s: float = setting(300.0, "Seconds a started response may stay silent before it is given up.")
+    first_event_timeout_s: float = setting(
+        600.0, "Seconds to wait for a decode instance's first event, or for its whole answer without streaming."
+    )
+    idle_timeout_s: float = setting(
+        300.0, "Seconds a started response may stay silent, or its client may stop reading, before it is given up."
+    )
     probe_interval_s: float = setting(1.0, "Seconds between two health probes of an instance.")
     probe_timeout_s: float = setting(2.0, "Seconds after which a health probe counts as failed.")
+    body_timeout_s: float = setting(60.0, "Seconds that a client may take to send its request body.")
+    drain_timeout_s: float = setting(30.0, "Seconds that running requests get to finish when the proxy is stopped.")
     max_body_bytes: int = setting(32 * 1024 * 1024, "Largest request body that is accepted.")
+    max_requests: int = setting(1024, "Requests that may be in progress at once. More are answered with 503.")
     min_split_tokens: int = setting(
         0, "Prompts that are certainly shorter than this many tokens run locally, without a prefill instance."
     )
@@ -109,10 +117,14 @@ class ProxySettings:
     def __post_init__(self) -> None:
         _port("port", self.port)
         for name in (
-            "connect_timeout_s", "prefill_timeout_s", "first_event_timeout_s", "idle_timeout_s",
-            "probe_interval_s", "probe_timeout_s", "max_body_bytes",
+            "connect_timeout_s", "prefill_timeout_s", "first_event_timeout_s", "idle_timeout_s", "probe_interval_s",
+            "probe_timeout_s", "body_timeout_s", "drain_timeout_s", "max_body_bytes", "max_requests",
         ):  # fmt: skip
             _positive(name, getattr(self, name))
+        for name in ("prefill", "decode"):
+            object.__setattr__(self, name, tuple(_engine_url(name, url) for url in getattr(self, name)))
+        if twice := sorted(url for url in {*self.prefill, *self.decode} if (self.prefill + self.decode).count(url) > 1):
+            raise ConfigError(f"{twice[0]} is listed twice; list every instance once, under its role")
 
 
 def help_of(cls: type, name: str) -> str:
@@ -153,6 +165,19 @@ def _one_of(what: str, value: str, accepted: tuple[str, ...]) -> None:
 def _positive(what: str, value: float) -> None:
     if not value > 0 or value == float("inf"):
         raise ConfigError(f"{what} must be a positive number, not {value!r}")
+
+
+def _engine_url(what: str, url: str) -> str:
+    """The URL of an engine without a final slash. Only its scheme, host, port and path may be given."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"{what} must be a URL like http://host:port, not {url!r}: {error}") from error
+    extras = parts.username or parts.password or parts.query or parts.fragment
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or extras:
+        raise ConfigError(f"{what} must be a URL like http://host:port, not {url!r}")
+    return url.rstrip("/")
 
 
 def _port(what: str, value: int) -> None:

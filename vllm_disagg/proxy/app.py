@@ -1,0 +1,206 @@
+"""The app: its routes, and what lives as long as it does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
+
+from vllm_disagg.config import ProxySettings
+from vllm_disagg.core.shapes import Api
+from vllm_disagg.errors import ConfigError
+from vllm_disagg.proxy.admission import Admission, forwarded_headers, log_label
+from vllm_disagg.proxy.flow import PATHS, ClientStalled, Flow
+from vllm_disagg.proxy.instances import Instance, Pool
+from vllm_disagg.proxy.metrics import ProxyMetrics
+from vllm_disagg.proxy.relay import strip_answer
+from vllm_disagg.proxy.replies import ApiError, error_response, retry_after, send_error
+from vllm_disagg.proxy.services import Services
+from vllm_disagg.proxy.upstream import LegFailed, Upstream, open_session
+from vllm_disagg.proxy.watch import Watcher
+
+logger = logging.getLogger(__name__)
+
+_ROUTES = "served are POST /v1/completions, POST /v1/chat/completions and GET /v1/models"
+
+
+def create_app(settings: ProxySettings) -> FastAPI:
+    """The proxy as an ASGI app. Its lifespan opens and closes everything it uses.
+
+    Raises:
+        ConfigError: there is no decode instance.
+    """
+    if not settings.decode:
+        raise ConfigError("the proxy needs at least one decode instance: give --decode http://host:port")
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        metrics = ProxyMetrics()
+        pool = Pool(settings, metrics)
+        async with open_session(settings) as http, asyncio.TaskGroup() as tasks:
+            app.state.services = Services(settings=settings, pool=pool, http=http, metrics=metrics, tasks=tasks)
+            app.state.admission = Admission(settings, metrics)
+            watcher = Watcher(settings, pool, http)
+            await asyncio.gather(*(watcher.look(instance) for instance in pool.all))
+            watches = [tasks.create_task(watcher.watch(instance)) for instance in pool.all]
+            yield
+            for watch in watches:
+                watch.cancel()
+
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.router.routes.extend(Route(path, Generation(api), methods=["POST"]) for api, path in PATHS.items())
+    app.add_route("/v1/models", models, methods=["GET"])
+    app.add_route("/health", health, methods=["GET"])
+    app.add_route("/ready", ready, methods=["GET"])
+    app.add_route("/metrics", metrics_page, methods=["GET"])
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(Exception, _internal_error)
+    return app
+
+
+class Generation:
+    """The endpoint of one of OpenAI's generation interfaces."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, count it and log it."""
+        request = Request(scope, receive)
+        services: Services = request.app.state.services
+        admission: Admission = request.app.state.admission
+        noting = _NotingSend(send, services.metrics)
+        started_s = asyncio.get_running_loop().time()
+        flow: Flow | None = None
+        route, reason, request_id = "refuse", "bad_request", "-"
+        try:
+            with admission.entered():
+                call = await admission.read_call(self._api, request)
+                request_id, flow = call.request_id, Flow(services, call)
+                await _serve(services, flow, receive, noting)
+        except ApiError as error:
+            reason = error.reason
+            await send_error(noting, error)
+        except ClientDisconnect:
+            reason = "client_left"
+            services.metrics.disconnect("admit")
+        finally:
+            if flow is not None:
+                route, reason = flow.route, flow.reason
+            services.metrics.request(self._api, route, reason)
+            logger.info(
+                "request.done id=%s label=%s api=%s route=%s reason=%s status=%s ms=%.1f", request_id,
+                log_label(request), self._api, route, reason, noting.status,
+                (asyncio.get_running_loop().time() - started_s) * 1000,
+            )  # fmt: skip
+
+
+async def models(request: Request) -> Response:
+    """The models of a decode instance: those of the prefill instances must be the same."""
+    services: Services = request.app.state.services
+    deadline_s = asyncio.get_running_loop().time() + services.settings.connect_timeout_s
+    tried: list[Instance] = []
+    while (instance := services.pool.another_decode(tried)) is not None:
+        tried.append(instance)
+        try:
+            async with Upstream(services.http, instance) as leg:
+                await leg.open("GET", "/v1/models", deadline_s=deadline_s, headers=forwarded_headers(request))
+                body = strip_answer(await leg.read_all(deadline_s=deadline_s))
+                return Response(body, leg.status, media_type="application/json")
+        except LegFailed as failure:
+            services.metrics.leg_failed("models", failure.cause)
+            if failure.is_connection:
+                services.pool.suspect(instance)
+    raise ApiError(503, "no decode instance is available", reason="no_decode")
+
+
+async def health(request: Request) -> Response:
+    """The proxy itself is alive."""
+    return JSONResponse({"status": "ok"})
+
+
+async def ready(request: Request) -> Response:
+    """Whether requests can be served, and whether they can be split."""
+    pool: Pool = request.app.state.services.pool
+    up = {"prefill": sum(p.up for p in pool.prefill), "decode": sum(d.up for d in pool.decode)}
+    of = {"prefill": len(pool.prefill), "decode": len(pool.decode)}
+    body = {"ready": up["decode"] > 0, "splitting": pool.can_split, "up": up, "configured": of}
+    if body["ready"]:
+        return JSONResponse(body)
+    return JSONResponse(body, 503, {"Retry-After": retry_after()})
+
+
+async def metrics_page(request: Request) -> Response:
+    """Prometheus' page."""
+    services: Services = request.app.state.services
+    return Response(services.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
+    """Do some work for a client. When it leaves, the work is cancelled.
+
+    Returns:
+        Whether the work came to its end.
+    """
+    async with asyncio.TaskGroup() as tasks:
+        working = tasks.create_task(work)
+        leaving = tasks.create_task(_left(receive))
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        finished = working.done()
+        working.cancel()
+        leaving.cancel()
+    return finished
+
+
+async def _serve(services: Services, flow: Flow, receive: Receive, send: Send) -> None:
+    phase = None
+    try:
+        if not await while_connected(receive, flow.run(send)):
+            phase = flow.phase
+    except* ClientStalled:
+        phase = "stalled"
+    if phase is not None:
+        services.metrics.disconnect(phase)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class _NotingSend:
+    """An ASGI `send` that notes and counts the status."""
+
+    def __init__(self, send: Send, metrics: ProxyMetrics) -> None:
+        self._send, self._metrics = send, metrics
+        self.status: int | None = None
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self._metrics.response(message["status"])
+        await self._send(message)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return error_response(ApiError(error.status_code, f"{error.detail}: {_ROUTES}"), error.headers)
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error_response(error)
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    return error_response(ApiError(500, "internal error"))

@@ -1,0 +1,46 @@
+"""Serving the app on a socket."""
+
+from __future__ import annotations
+
+import logging
+import socket
+
+import uvicorn
+
+from vllm_disagg.config import ProxySettings
+from vllm_disagg.errors import ConfigError
+from vllm_disagg.proxy.app import create_app
+
+logger = logging.getLogger(__name__)
+
+
+def run(settings: ProxySettings) -> None:
+    """Serve until a signal ends it. Logging is the caller's to configure.
+
+    Raises:
+        ConfigError: the address cannot be listened on, or there is no decode instance.
+    """
+    app = create_app(settings)
+    listener = _listen(settings.host, settings.port)
+    config = uvicorn.Config(
+        app,
+        access_log=False,
+        lifespan="on",
+        log_config=None,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=round(settings.drain_timeout_s),
+        ws="none",
+    )
+    with listener:
+        logger.info("proxy.listening host=%s port=%d", settings.host, settings.port)
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        where = f"{host}:{port}"
+        raise ConfigError(f"cannot listen on {where}: {error.strerror}; choose another --host or --port") from error

@@ -1,0 +1,1 @@
+"""Doubles and checks for tests, shipped for users too. Import the module you need."""
