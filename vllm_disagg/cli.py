@@ -94,8 +94,11 @@ def serve(arguments: tuple[str, ...]) -> None:
 @settings_options(ProxySettings)
 def proxy(**options: Any) -> None:
     """Serve the OpenAI API in front of prefill and decode instances."""
+    import logging
+
     from vllm_disagg.proxy import run
 
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     run(ProxySettings(**options))
 
 

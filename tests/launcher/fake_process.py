@@ -26,7 +26,7 @@ class Handler(BaseHTTPRequestHandler):
         bodies = {
             "/health": {},
             "/disagg/status": {"fingerprint": {"dtype": behaviour.get("dtype", "float32")}},
-            "/ready": {"split": True},
+            "/ready": {"splitting": True},
         }
         body = json.dumps(bodies.get(self.path, {})).encode()
         self.send_response(200 if self.path in bodies else 404)

@@ -162,5 +162,13 @@ def _byte_tokenizer() -> Any:
     return tokenizer
 
 
+def main() -> None:
+    """Print the folder of SmolLM2, prepared first if need be."""
+    try:
+        sys.stdout.write(f"{smollm2_path()}\n")
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
-    sys.stdout.write(f"{smollm2_path()}\n")
+    main()

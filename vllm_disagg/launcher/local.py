@@ -148,7 +148,7 @@ class Deployment:
 
         async def splitting() -> bool:
             status, body = await self._get_json(f"{self.plan.proxy_url}/ready")
-            return status == 200 and isinstance(body, dict) and body.get("split") is True
+            return status == 200 and isinstance(body, dict) and body.get("splitting") is True
 
         await self._until(splitting, child, _PROXY_START_S)
 
