@@ -149,7 +149,7 @@ def _from_mapping(cls: Any, values: Mapping[str, Any], source: str) -> Any:
         raise ConfigError(f"{source}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}")
     hints = get_type_hints(cls)
     for name, value in values.items():
-        if hints[name] is float and isinstance(value, int):
+        if hints[name] is float and isinstance(value, int) and not isinstance(value, bool):
             continue
         allowed = {float: float, int: int, str: str}.get(hints[name])
         if allowed is not None and (not isinstance(value, allowed) or isinstance(value, bool)):

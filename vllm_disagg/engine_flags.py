@@ -11,9 +11,9 @@ import functools
 import os
 import socket
 from argparse import ArgumentParser, Namespace
-from typing import Any, get_args
+from typing import Any
 
-from vllm_disagg.config import ROLES, EngineSettings, TransportName, default_of, help_of
+from vllm_disagg.config import ROLES, EngineSettings, default_of, help_of
 from vllm_disagg.core.keys import load_key
 from vllm_disagg.errors import ConfigError
 
@@ -41,6 +41,9 @@ _CONFLICTS: dict[str, str] = {
 }
 """Fields that mean something else than `--kv-role` does, and their flags."""
 
+_TRANSPORTS = ("nixl",)
+"""`loopback` stays inside one process: for tests."""
+
 _UNSUPPORTED_EXECUTORS = ("ray", "external_launcher")
 
 
@@ -54,7 +57,7 @@ def add_flags(parser: ArgumentParser) -> ArgumentParser:
         default = default_of(EngineSettings, name)
         text = help_of(EngineSettings, name) + ("" if default is None else f" (default: {default})")
         if kind is None:
-            group.add_argument(flag, choices=list(get_args(TransportName)), default=argparse.SUPPRESS, help=text)
+            group.add_argument(flag, choices=list(_TRANSPORTS), default=argparse.SUPPRESS, help=text)
         else:
             group.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text)
     _finish_after_parse(parser)

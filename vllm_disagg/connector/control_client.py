@@ -40,7 +40,7 @@ from vllm_disagg.connector.messages import (
 )
 from vllm_disagg.connector.peers import Peer, PeerPhase
 from vllm_disagg.connector.pull import Drained, Pull, Result, Settled
-from vllm_disagg.connector.secure import CurveKeys, client_socket
+from vllm_disagg.connector.secure import CurveKeys, client_socket, send_now
 from vllm_disagg.core.handoff import Handoff
 from vllm_disagg.core.types import EngineId, TransferId
 
@@ -282,7 +282,7 @@ class DecodeControl:
         frame = messages.encode(message)
         for index, link in enumerate(self._links):
             if only is None or index in only:
-                link.send(frame, zmq.NOBLOCK)
+                send_now(link, frame)
 
     # Prefill engines.
 

@@ -34,7 +34,7 @@ from vllm_disagg.connector.messages import (
     ToPrefill,
     Welcome,
 )
-from vllm_disagg.connector.secure import CurveKeys, client_socket, server_socket, start_authenticator
+from vllm_disagg.connector.secure import CurveKeys, client_socket, send_now, server_socket, start_authenticator
 from vllm_disagg.core.fingerprint import check_compatible
 from vllm_disagg.core.types import EngineId
 from vllm_disagg.errors import ConfigError, IncompatiblePeer
@@ -145,7 +145,7 @@ class PrefillControl:
         if wanted != self._serving:
             self._serving = wanted
             for link in self._links:
-                link.send(messages.encode(Progress(active=wanted)), zmq.NOBLOCK)
+                send_now(link, messages.encode(Progress(active=wanted)))
 
     def _answer_all(self) -> None:
         for _ in range(_MAX_FRAMES_PER_TURN):  # then look after leases, however many frames wait
@@ -159,10 +159,7 @@ class PrefillControl:
                 logger.debug("control.bad_frame")
                 continue
             answer = self._answer(message)
-            try:
-                self._router.send_multipart([sender, messages.encode(answer)], zmq.NOBLOCK)
-            except zmq.ZMQError as error:  # the peer has gone or does not read
-                logger.debug("control.unsent kind=%s error=%s", messages.describe(answer), error)
+            send_now(self._router, sender, messages.encode(answer))
 
     def _answer(self, message: ToPrefill) -> FromPrefill:
         match message:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -180,10 +180,5 @@ def decode_or_none(decoder: msgspec.msgpack.Decoder[M], frames: list[bytes]) -> 
         return None
     try:
         return decoder.decode(frames[0])
-    except (msgspec.DecodeError, RecursionError):
+    except (ValueError, RecursionError):  # msgspec raises its own ValueErrors, and UnicodeDecodeError too
         return None
-
-
-def describe(message: Any) -> str:
-    """A message's kind, for logs. Never its content: descriptors are secrets."""
-    return type(message).__name__

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import zmq
 
-from vllm_disagg.connector.secure import CurveKeys, client_socket
+from vllm_disagg.connector.secure import CurveKeys, client_socket, send_now
 from vllm_disagg.core.types import EngineId
-
-logger = logging.getLogger(__name__)
 
 PeerPhase = Literal["greeting", "connecting", "ready", "failed"]
 
@@ -48,10 +45,7 @@ class Peer:
     def send(self, frame: bytes) -> None:
         """Queue a frame; a peer that reads nothing loses it, and the deadline of what it answers does the rest."""
         if self.socket is not None:
-            try:
-                self.socket.send(frame, zmq.NOBLOCK)
-            except zmq.Again:
-                logger.warning("control.peer_reads_nothing engine=%s", self.engine_id)
+            send_now(self.socket, frame)
 
     def fail(self, cause: str, *, now_s: float) -> None:
         """Close the channel and wait longer each time before the next attempt."""

@@ -6,6 +6,7 @@ it, nobody else gets past the ZeroMQ handshake, and everything on the wire is en
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
 from vllm_disagg.core.keys import derive
+
+logger = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 _CLOSE_LINGER_MS = 100
@@ -48,10 +51,10 @@ class _OnlyDeploymentKey:
     """Tells ZeroMQ's authenticator which client key to let in (it calls this `callback`)."""
 
     def __init__(self, keys: CurveKeys) -> None:
-        self._accepted = z85.decode(keys.client_public)
+        self._accepted = keys.client_public
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """Whether the raw 32-byte client key may connect."""
+        """Whether the client with this Z85 key may connect."""
         return key == self._accepted
 
 
@@ -79,6 +82,16 @@ def client_socket(context: zmq.Context[Any], kind: int, keys: CurveKeys) -> Any:
     socket.curve_publickey = keys.client_public
     socket.curve_secretkey = keys.client_secret
     return socket
+
+
+def send_now(socket: Any, *frames: bytes) -> bool:
+    """Queue a message without waiting. False, and a log line, when the other side is gone or reads nothing."""
+    try:
+        socket.send_multipart(frames, zmq.NOBLOCK)
+    except zmq.Again:
+        logger.warning("control.unsent endpoint=%s", socket.last_endpoint)
+        return False
+    return True
 
 
 def _socket(context: zmq.Context[Any], kind: int) -> zmq.Socket[Any]:

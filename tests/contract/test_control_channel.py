@@ -1,0 +1,456 @@
+"""Prefill's and decode's ends of the control channel over real sockets, with workers that follow a script."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import zmq
+
+from vllm_disagg.connector import messages
+from vllm_disagg.connector.control_client import DecodeControl
+from vllm_disagg.connector.control_server import PrefillControl
+from vllm_disagg.connector.holds import Holds
+from vllm_disagg.connector.messages import (
+    CancelRead,
+    ConnectPeer,
+    PeerState,
+    Progress,
+    RankInfo,
+    ReadEnded,
+    Release,
+    Released,
+    ToWorker,
+)
+from vllm_disagg.connector.pull import Drained, Settled
+from vllm_disagg.connector.secure import CurveKeys, client_socket, curve_keys, server_socket, start_authenticator
+from vllm_disagg.core.handoff import HANDOFF_VERSION, Handoff
+from vllm_disagg.core.types import EngineId, TransferId, new_transfer_id
+from vllm_disagg.errors import ConfigError
+from vllm_disagg.transport.layout import RankLayout
+
+KEYS = curve_keys(b"k" * 32)
+STRANGER = curve_keys(b"s" * 32)
+FINGERPRINT = {"model": "llama", "dtype": "float32"}
+BLOCKS = ((4, 5),)
+WAIT_S = 5.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def eventually(condition: Callable[[], Any], what: str = "condition") -> Any:
+    """Poll until true, fail after a while. Returns the condition's value."""
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        threading.Event().wait(0.005)
+    raise AssertionError(f"{what} did not come within {WAIT_S} s")
+
+
+class Worker:
+    """An engine's worker as its core sees it: hears everything, says what the test tells it to."""
+
+    def __init__(self, keys: CurveKeys = KEYS) -> None:
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.authenticator = start_authenticator(self.context, keys)
+        self.link = server_socket(self.context, zmq.DEALER, keys)
+        self.endpoint = f"tcp://127.0.0.1:{self.link.bind_to_random_port('tcp://127.0.0.1')}"
+        self.heard: list[ToWorker] = []
+
+    def hear(self) -> list[ToWorker]:
+        while self.link.poll(0):
+            message = messages.decode_or_none(messages.to_worker, self.link.recv_multipart())
+            assert message is not None
+            self.heard.append(message)
+        return self.heard
+
+    def wait_for(self, kind: type) -> Any:
+        return eventually(lambda: next((item for item in self.hear() if isinstance(item, kind)), None), kind.__name__)
+
+    def say(self, message: messages.FromWorker) -> None:
+        self.link.send(messages.encode(message))
+
+    def close(self) -> None:
+        self.authenticator.stop()
+        self.context.destroy(linger=0)
+
+
+class Prefill:
+    """A prefill engine's scheduler half, without the engine."""
+
+    def __init__(self, *, lease_s: float = 30.0, fingerprint: dict[str, str] | None = None, ranks: int = 1) -> None:
+        self.engine_id = EngineId(os.urandom(4).hex())
+        self.address = f"tcp://127.0.0.1:{free_port()}"
+        self.workers = [Worker() for _ in range(ranks)]
+        self.holds = Holds(lease_s=lease_s, cap_s=lease_s * 10, on_freed=lambda: None)
+        self.control = PrefillControl(
+            engine_id=self.engine_id,
+            address=self.address,
+            keys=KEYS,
+            fingerprint=fingerprint or FINGERPRINT,
+            ranks=[
+                RankInfo(pp_rank=0, tp_rank=rank, descriptor=b"secret", layout=RankLayout(groups=()))
+                for rank in range(ranks)
+            ],
+            worker_links=[worker.endpoint for worker in self.workers],
+            holds=self.holds,
+        )
+        self.control.start()
+
+    def hold(self) -> Handoff:
+        handoff = Handoff(
+            version=HANDOFF_VERSION,
+            transfer_id=new_transfer_id(),
+            engine_id=self.engine_id,
+            control=self.address,
+            block_ids=BLOCKS,
+            num_tokens=40,
+            prompt_digest=b"",
+            lease_s=30.0,
+        )
+        assert self.holds.grant(handoff.transfer_id, BLOCKS)
+        self.control.granted()
+        return handoff
+
+    def close(self) -> None:
+        self.control.stop()
+        for worker in self.workers:
+            worker.close()
+
+
+class Decode:
+    """A decode engine's scheduler half, without the engine."""
+
+    def __init__(self, *, pull_timeout_s: float = 10.0, renew_interval_s: float = 5.0, ranks: int = 1) -> None:
+        self.workers = [Worker() for _ in range(ranks)]
+        self.reports: list[Any] = []
+        self.control = DecodeControl(
+            keys=KEYS,
+            fingerprint=FINGERPRINT,
+            worker_ranks=[(0, rank) for rank in range(ranks)],
+            worker_links=[worker.endpoint for worker in self.workers],
+            renew_interval_s=renew_interval_s,
+            pull_timeout_s=pull_timeout_s,
+            on_report=lambda: None,
+        )
+        self.control.start()
+
+    def pair_with(self, handoff: Handoff) -> None:
+        """Announce a handoff and let every worker connect."""
+        self.control.announce(handoff)
+        for worker in self.workers:
+            connect: ConnectPeer = worker.wait_for(ConnectPeer)
+            assert connect.rank.descriptor == b"secret"
+            worker.say(PeerState(engine_id=handoff.engine_id))
+        eventually(lambda: self.control.peer_phase(handoff.engine_id) == "ready", "pairing")
+
+    def expect(self, handoff: Handoff) -> None:
+        self.control.expect(handoff.transfer_id)
+
+    def read_ends(self, transfer_id: TransferId, *, error: str = "", rank: int = 0) -> None:
+        self.workers[rank].say(
+            ReadEnded(transfer_id=transfer_id, num_bytes=100, num_descriptors=2, seconds=0.01, error=error)
+        )
+
+    def report(self, kind: type) -> Any:
+        def find() -> Any:
+            self.reports.extend(self.control.take_reports())
+            return next((item for item in self.reports if isinstance(item, kind)), None)
+
+        return eventually(find, kind.__name__)
+
+    def reports_of(self, transfer_id: TransferId) -> list[Any]:
+        self.reports.extend(self.control.take_reports())
+        return [item for item in self.reports if item.transfer_id == transfer_id]
+
+    def close(self) -> None:
+        self.control.stop()
+        for worker in self.workers:
+            worker.close()
+
+
+@contextmanager
+def engines(decode: Decode, *prefills: Prefill) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for engine in (decode, *prefills):
+            engine.close()
+
+
+def test_a_read_is_received_only_after_prefill_has_confirmed_the_hold() -> None:
+    prefill, decode = Prefill(), Decode()
+    with engines(decode, prefill):
+        handoff = prefill.hold()
+        decode.pair_with(handoff)
+        decode.expect(handoff)
+        decode.read_ends(handoff.transfer_id)
+
+        settled: Settled = decode.report(Settled)
+
+        assert (settled.result, settled.num_bytes, settled.num_descriptors, settled.draining) == (
+            "received",
+            100,
+            2,
+            False,
+        )
+        assert prefill.holds.take_freed() == [BLOCKS]
+
+
+def test_all_ranks_must_have_read() -> None:
+    prefill, decode = Prefill(ranks=2), Decode(ranks=2)
+    with engines(decode, prefill):
+        handoff = prefill.hold()
+        decode.pair_with(handoff)
+        decode.expect(handoff)
+        decode.read_ends(handoff.transfer_id, rank=0)
+        decode.workers[1].wait_for(ConnectPeer)
+        assert len(prefill.holds) == 1
+
+        decode.read_ends(handoff.transfer_id, rank=1)
+
+        assert decode.report(Settled).num_bytes == 200
+
+
+def test_data_of_an_expired_lease_is_dropped() -> None:
+    prefill, decode = Prefill(lease_s=0.05), Decode()
+    with engines(decode, prefill):
+        handoff = prefill.hold()
+        decode.pair_with(handoff)
+        eventually(lambda: len(prefill.holds) == 0, "expiry")
+        decode.expect(handoff)
+        decode.read_ends(handoff.transfer_id)
+
+        settled: Settled = decode.report(Settled)
+
+        assert (settled.result, settled.cause) == ("failed", "lease_expired")
+
+
+def test_renewals_keep_a_lease_alive_while_decode_waits() -> None:
+    prefill, decode = Prefill(lease_s=0.4), Decode(renew_interval_s=0.05)
+    with engines(decode, prefill):
+        handoff = prefill.hold()
+        decode.pair_with(handoff)
+        begun_s = time.monotonic()
+        eventually(lambda: time.monotonic() - begun_s > 1.0, "a second")
+        assert len(prefill.holds) == 1
+
+        decode.control.forget(handoff.transfer_id)
+
+        eventually(lambda: len(prefill.holds) == 0, "release")
+
+
+def test_a_failed_read_fails_its_request_and_releases_the_lease() -> None:
+    prefill, decode = Prefill(), Decode()
+    with engines(decode, prefill):
+        handoff = prefill.hold()
+        decode.pair_with(handoff)
+        decode.expect(handoff)
+        decode.read_ends(handoff.transfer_id, error="link down")
+
+        settled: Settled = decode.report(Settled)
+
+        assert (settled.result, settled.cause, settled.draining) == ("failed", "transport", False)
+        eventually(lambda: len(prefill.holds) == 0, "release")
+
+
+def test_a_frozen_read_is_given_up_at_the_deadline_and_its_blocks_stay_out_of_use_until_it_is_quiet() -> None:
+    prefill, decode = Prefill(), Decode(pull_timeout_s=0.1)
+    with engines(decode, prefill):
+        handoff = prefill.hold()
+        decode.pair_with(handoff)
+        decode.expect(handoff)
+
+        settled: Settled = decode.report(Settled)
+        assert (settled.result, settled.cause, settled.draining) == ("failed", "pull_timeout", True)
+        assert decode.workers[0].wait_for(CancelRead).transfer_id == handoff.transfer_id
+        assert decode.reports_of(handoff.transfer_id) == [settled]
+
+        decode.read_ends(handoff.transfer_id, error="cancelled")
+
+        assert decode.report(Drained).transfer_id == handoff.transfer_id
+
+
+def test_a_read_that_succeeds_after_it_was_given_up_is_not_used() -> None:
+    prefill, decode = Prefill(), Decode(pull_timeout_s=0.1)
+    with engines(decode, prefill):
+        handoff = prefill.hold()
+        decode.pair_with(handoff)
+        decode.expect(handoff)
+        decode.report(Settled)
+        decode.read_ends(handoff.transfer_id)
+
+        decode.report(Drained)
+
+        assert [type(item) for item in decode.reports_of(handoff.transfer_id)] == [Settled, Drained]
+
+
+@pytest.mark.parametrize("when", ["announced", "reading", "read"])
+def test_a_client_that_leaves_frees_both_sides(when: str) -> None:
+    prefill, decode = Prefill(), Decode()
+    with engines(decode, prefill):
+        handoff = prefill.hold()
+        decode.pair_with(handoff)
+        if when == "announced":
+            decode.control.forget(handoff.transfer_id)
+        else:
+            decode.expect(handoff)
+            decode.control.cancel(handoff.transfer_id)
+            assert decode.report(Settled).result == "cancelled"
+            decode.read_ends(handoff.transfer_id, error="cancelled" if when == "reading" else "")
+            decode.report(Drained)
+        eventually(lambda: len(prefill.holds) == 0, "release")
+
+
+def test_engines_that_do_not_fit_refuse_each_other_and_name_the_factor(caplog: pytest.LogCaptureFixture) -> None:
+    prefill, decode = Prefill(fingerprint={**FINGERPRINT, "dtype": "bfloat16"}), Decode()
+    with engines(decode, prefill):
+        handoff = prefill.hold()
+        decode.control.announce(handoff)
+        eventually(lambda: decode.control.peer_phase(handoff.engine_id) == "failed", "refusal")
+        assert decode.control.peer_cause(handoff.engine_id) == "incompatible"
+        assert "dtype is 'bfloat16' on prefill and 'float32' on decode" in caplog.text
+
+
+def test_another_number_of_workers_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    prefill, decode = Prefill(ranks=2), Decode()
+    with engines(decode, prefill):
+        handoff = prefill.hold()
+        decode.control.announce(handoff)
+        eventually(lambda: decode.control.peer_phase(handoff.engine_id) == "failed", "refusal")
+        assert "--tensor-parallel-size" in caplog.text
+
+
+def test_an_engine_restarted_on_the_same_port_is_not_taken_for_the_old_one() -> None:
+    prefill, decode = Prefill(), Decode()
+    with engines(decode, prefill):
+        stale = prefill.hold()
+        stale = Handoff(**{**{f: getattr(stale, f) for f in stale.__struct_fields__}, "engine_id": EngineId("earlier")})
+        decode.control.announce(stale)
+
+        eventually(lambda: decode.control.peer_phase(stale.engine_id) == "failed", "refusal")
+
+        assert decode.control.peer_cause(stale.engine_id) == "peer_lost"
+
+
+def test_a_prefill_that_dies_fails_its_pulls_at_once_and_the_next_one_pairs() -> None:
+    first, second, decode = Prefill(), Prefill(), Decode()
+    with engines(decode, second):
+        handoff = first.hold()
+        decode.pair_with(handoff)
+        decode.expect(handoff)
+        first.close()
+
+        settled: Settled = decode.report(Settled)
+        assert (settled.result, settled.cause, settled.draining) == ("failed", "peer_lost", True)
+        decode.workers[0].heard.clear()
+
+        decode.pair_with(second.hold())
+
+
+def test_an_address_where_nobody_listens_costs_the_handshake_time_only() -> None:
+    prefill, decode = Prefill(), Decode()
+    with engines(decode, prefill):
+        handoff = prefill.hold()
+        handoff = Handoff(
+            **{
+                **{f: getattr(handoff, f) for f in handoff.__struct_fields__},
+                "control": f"tcp://127.0.0.1:{free_port()}",
+            }
+        )
+        decode.control.announce(handoff)
+        begun_s = time.monotonic()
+        while decode.control.peer_phase(handoff.engine_id) != "failed":
+            assert time.monotonic() - begun_s < 6.0
+            threading.Event().wait(0.01)
+        assert decode.control.peer_cause(handoff.engine_id) == "handshake_timeout"
+
+
+def test_workers_serve_peers_only_while_somebody_may_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_disagg.connector.control_server.HANDSHAKE_GRACE_S", 0.05)
+    prefill, decode = Prefill(), Decode()
+    with engines(decode, prefill):
+        handoff = prefill.hold()
+        assert prefill.workers[0].wait_for(Progress).active
+        decode.pair_with(handoff)
+        decode.control.forget(handoff.transfer_id)
+
+        eventually(lambda: [item.active for item in prefill.workers[0].hear()][-1] is False, "rest")
+
+
+def test_a_peer_without_the_deployment_key_gets_no_answer() -> None:
+    prefill = Prefill()
+    try:
+        context: zmq.Context[Any] = zmq.Context()
+        link = client_socket(context, zmq.DEALER, STRANGER)
+        link.connect(prefill.address)
+        link.send(messages.encode(messages.Status()))
+        assert link.poll(300) == 0
+        context.destroy(linger=0)
+    finally:
+        prefill.close()
+
+
+def test_malformed_frames_are_counted_and_the_next_request_is_answered() -> None:
+    prefill = Prefill()
+    try:
+        context: zmq.Context[Any] = zmq.Context()
+        link = client_socket(context, zmq.DEALER, KEYS)
+        link.connect(prefill.address)
+        handoff = prefill.hold()
+        bad = [b"", b"\xff" * 100, b"GET / HTTP/1.1\r\n\r\n", messages.encode(["Hello", 1]), messages.encode({"a": 1})]
+        for frame in [*bad, *(os.urandom(size) for size in range(1, 300))]:
+            link.send(frame)
+        link.send_multipart([b"two", b"frames"])
+        link.send(messages.encode(Release(engine_id=prefill.engine_id, transfer_id=handoff.transfer_id)))
+
+        assert link.poll(2000)
+        answer = messages.decode_or_none(messages.from_prefill, link.recv_multipart())
+
+        assert answer == Released(transfer_id=handoff.transfer_id, ok=True)
+        assert prefill.control.num_bad_frames == len(bad) + 300
+        context.destroy(linger=0)
+    finally:
+        prefill.close()
+
+
+def test_a_busy_port_is_a_setting_to_change() -> None:
+    prefill = Prefill()
+    try:
+        with pytest.raises(ConfigError, match="--kv-control-port"):
+            PrefillControl(
+                engine_id=EngineId("x"),
+                address=prefill.address,
+                keys=KEYS,
+                fingerprint={},
+                ranks=[],
+                worker_links=[],
+                holds=prefill.holds,
+            )
+    finally:
+        prefill.close()
+
+
+def test_both_ends_sleep_when_nothing_happens() -> None:
+    prefill, decode = Prefill(), Decode()
+    with engines(decode, prefill):
+        decode.pair_with(handoff := prefill.hold())
+        decode.control.forget(handoff.transfer_id)
+        eventually(lambda: len(prefill.holds) == 0, "release")
+        eventually(lambda: not prefill.control._serving, "rest")
+        before_s = time.process_time()
+        begun_s = time.monotonic()
+        eventually(lambda: time.monotonic() - begun_s > 1.0, "a second")
+
+        assert time.process_time() - before_s < 0.1
