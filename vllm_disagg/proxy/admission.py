@@ -28,6 +28,8 @@ class Admission:
     def __init__(self, settings: ProxySettings, metrics: ProxyMetrics) -> None:
         self._settings, self._metrics = settings, metrics
         self._in_progress = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -43,6 +45,10 @@ class Admission:
             yield
         finally:
             self._change(-1)
+
+    async def until_empty(self) -> None:
+        """Wait until nothing is in progress. Called once, when the app stops and what still ran has been cancelled."""
+        await self._empty.wait()
 
     async def read_call(self, api: Api, request: Request) -> Call:
         """Read a request.
@@ -81,6 +87,10 @@ class Admission:
 
     def _change(self, by: int) -> None:
         self._in_progress += by
+        if self._in_progress:
+            self._empty.clear()
+        else:
+            self._empty.set()
         self._metrics.in_progress(self._in_progress)
 
 

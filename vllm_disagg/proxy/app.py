@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI
@@ -30,6 +30,7 @@ from vllm_disagg.proxy.watch import Watcher
 
 logger = logging.getLogger(__name__)
 
+_LAST_WORDS_S = 2.0
 _ROUTES = "served are POST /v1/completions, POST /v1/chat/completions and GET /v1/models"
 
 
@@ -48,15 +49,17 @@ def create_app(settings: ProxySettings) -> FastAPI:
         pool = Pool(settings, metrics)
         async with open_session(settings) as http, asyncio.TaskGroup() as tasks:
             app.state.services = Services(settings=settings, pool=pool, http=http, metrics=metrics, tasks=tasks)
-            app.state.admission = Admission(settings, metrics)
+            app.state.admission = admission = Admission(settings, metrics)
             watcher = Watcher(settings, pool, http)
             await asyncio.gather(*(watcher.look(instance) for instance in pool.all))
             watches = [tasks.create_task(watcher.watch(instance)) for instance in pool.all]
             yield
+            with suppress(TimeoutError):  # cancelled requests still give back what they hold
+                await asyncio.wait_for(admission.until_empty(), _LAST_WORDS_S)
             for watch in watches:
                 watch.cancel()
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.router.routes.extend(Route(path, Generation(api), methods=["POST"]) for api, path in PATHS.items())
     app.add_route("/v1/models", models, methods=["GET"])
     app.add_route("/health", health, methods=["GET"])

@@ -38,6 +38,7 @@ class Faults:
     Attributes:
         crash_on_request: the whole engine dies when the next request for tokens arrives.
         hang: requests are read and never answered, while `/health` says that all is well.
+        freeze: as a stopped process: connections are accepted, and nothing is ever answered, `/health` included.
         healthy: what `/health` says.
         status: answer requests for tokens with this status and do nothing.
         die_after_tokens: the whole engine dies once one answer has this many tokens.
@@ -49,6 +50,7 @@ class Faults:
 
     crash_on_request: bool = False
     hang: bool = False
+    freeze: bool = False
     healthy: bool = True
     status: int | None = None
     die_after_tokens: int | None = None
@@ -223,6 +225,8 @@ class FakeEngine:
         return app
 
     async def _health(self, request: web.Request) -> web.Response:
+        if self.faults.freeze:
+            await asyncio.Event().wait()
         return web.Response(status=200 if self.faults.healthy else 503)
 
     async def _status(self, request: web.Request) -> web.Response:
@@ -233,6 +237,8 @@ class FakeEngine:
         return web.json_response({"object": "list", "data": [{"id": self.model, "object": "model"}]})
 
     async def _release(self, request: web.Request) -> web.Response:
+        if self.faults.freeze:
+            await asyncio.Event().wait()
         transfer_id = json.loads(await request.read())["transfer_id"]
         self.counts.releases.append(transfer_id)
         held = self._drop(transfer_id)
@@ -264,7 +270,7 @@ class FakeEngine:
         await self._tell()
         if self.faults.crash_on_request:
             self.die()
-        if self.faults.hang:
+        if self.faults.hang or self.faults.freeze:
             await asyncio.Event().wait()
         if self.faults.status is not None:
             return _error(self.faults.status, "as told by its faults")
