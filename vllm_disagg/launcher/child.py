@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vllm_disagg.errors import LaunchError
+from vllm_disagg.launcher.logs import last_words
 
 _WARDEN = Path(__file__).with_name("warden.py")
 _WARDEN_START_S = 30.0
 _WARDEN_SLACK_S = 10.0
-_TAIL_BYTES = 64 * 1024
+_TAIL_BYTES = 1024 * 1024
 
 
 class Child:
@@ -36,6 +37,7 @@ class Child:
         self._argv, self._env, self._grace_s = tuple(argv), dict(env), grace_s
         self._warden: asyncio.subprocess.Process | None = None
         self._pid: int | None = None
+        self._log_start = 0
 
     @property
     def pid(self) -> int | None:
@@ -48,6 +50,7 @@ class Child:
         Raises:
             LaunchError: it could not even be executed.
         """
+        self._log_start = self.log_file.stat().st_size if self.log_file.exists() else 0
         starting = asyncio.ensure_future(self._start_warden())
         try:
             self._warden = await asyncio.shield(starting)
@@ -60,7 +63,7 @@ class Child:
             self._pid = int(line) if line.strip() else None
         if self._pid is None:
             await self.stop()
-            raise LaunchError(f"{self.name} could not be started: {self.tail(1)}")
+            raise LaunchError(f"{self.name} could not be started: {' '.join(self.last_words(1))}")
 
     async def wait(self) -> int:
         """Wait until all of its processes have ended. Returns the exit status, 128 + signal as in a shell."""
@@ -87,16 +90,14 @@ class Child:
         """End it without grace; `stop` or `wait` return soon after."""
         self._signal_warden(signal.SIGUSR1)
 
-    def tail(self, num_lines: int) -> str:
-        """The last lines of its log; empty when there are none."""
+    def last_words(self, num_lines: int) -> list[str]:
+        """What this run's log says at its end, as `logs.last_words` picks it."""
         try:
             with self.log_file.open("rb") as log:
-                log.seek(0, os.SEEK_END)
-                log.seek(max(0, log.tell() - _TAIL_BYTES))
-                lines = log.read().decode("utf-8", errors="replace").splitlines()
+                log.seek(max(self._log_start, self.log_file.stat().st_size - _TAIL_BYTES))
+                return last_words(log.read().decode("utf-8", errors="replace"), num_lines)
         except OSError:
-            return ""
-        return "\n".join(lines[-num_lines:])
+            return []
 
     async def _start_warden(self) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(

@@ -24,7 +24,7 @@ from vllm_disagg.launcher.plan import EngineLaunch, LaunchPlan
 
 _PROBE_EVERY_S = 0.5
 _PROBE_TIMEOUT = aiohttp.ClientTimeout(total=5.0)
-_TAIL_LINES = 15
+_TAIL_LINES, _LINE_CHARS = 15, 300
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PROXY_START_S = 60.0
 _BACKOFF_FIRST_S, _BACKOFF_MOST_S = 1.0, 60.0
@@ -239,6 +239,6 @@ def _how(status: int) -> str:
 
 
 def _with_log(text: str, child: Child) -> str:
-    tail = child.tail(_TAIL_LINES)
-    indented = "\n".join(f"    {line}" for line in tail.splitlines()) or "    (empty)"
+    lines = child.last_words(_TAIL_LINES) or ["(empty)"]
+    indented = "\n".join(f"    {line[:_LINE_CHARS]}" for line in lines)
     return f"{text}; the last lines of {child.log_file}:\n{indented}"

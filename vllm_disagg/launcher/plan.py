@@ -26,6 +26,10 @@ _KV_MIN_BYTES, _KV_MAX_BYTES = 256 << 20, 8 << 30
 _SPARE_CORE_FROM = 4
 """A rank with this many cores leaves one to the engine's other processes, which would otherwise stall its threads."""
 
+_QUIET_FLAG = "--disable-access-log-for-endpoints"
+_QUIET_PATHS = "/health,/metrics,/disagg/status"
+"""Asked every second by the proxy; they would fill the engines' logs."""
+
 _EAGER_FLAGS = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-cc", "--optimization-level", "-O")
 
 
@@ -97,7 +101,8 @@ def plan_launch(
         ConfigError: the machine has fewer GPUs than asked for.
     """
     places = _gpu_places(settings, machine) if machine.gpus else _cpu_places(settings, machine)
-    defaults, notes = _cpu_defaults(settings, machine, weights_bytes, environ or {}) if not machine.gpus else ((), ())
+    flags, notes = _cpu_defaults(settings, machine, weights_bytes, environ or {}) if not machine.gpus else ((), ())
+    defaults = ((_QUIET_FLAG, _QUIET_PATHS), *flags)
     remaining = iter(ports)
     engines: list[EngineLaunch] = []
     for name, role in _instances(settings):
