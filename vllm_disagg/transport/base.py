@@ -11,12 +11,16 @@ from typing import Literal, NewType, Protocol
 
 import msgspec
 
+MemoryKind = Literal["DRAM", "VRAM"]
+"""Where regions lie: host memory or an accelerator's."""
+
 PeerName = NewType("PeerName", str)
 """Who a peer says it is inside its descriptor; unique over all peers a transport ever connects to."""
 
 
 class Region(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
-    """A run of memory that may be read by peers and written by own reads.
+    """A run of memory that may be read by peers and written by own reads. Regions do not overlap; naming one twice is
+    harmless. No copy may cross from one into the next, even where they touch.
 
     Attributes:
         address: first byte, as the owner's process sees it.
@@ -52,7 +56,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         state: `done` only when every byte has arrived.
         seconds: from `read` until the end was noticed.
         num_bytes: bytes asked for.
-        num_descriptors: copies handed to the library, after joining neighbours.
+        num_descriptors: copies to hand to the library, after joining neighbours and cutting very long ones.
         error: why it failed, for logs; empty unless `state` is `failed`.
     """
 
@@ -81,25 +85,30 @@ class Transport(Protocol):
 
     def connect(self, descriptor: bytes) -> PeerName:
         """Get ready to read from a peer. Idempotent: the same descriptor gives the same name and no new resources.
-        May return before the connection is up; the first read then waits for it.
+        May return before the connection is up; the first read then waits for it. A peer that cannot be reached is not
+        an error here: reads from it fail. It stays connected until `disconnect`, and a read after a failed one tries
+        again.
 
         Raises:
-            TransportError: the descriptor is malformed or of another kind of transport.
+            TransportError: the descriptor is malformed or of another kind of transport, or another peer is connected
+                under its name.
         """
 
     def disconnect(self, peer: PeerName) -> None:
-        """Forget a peer. Reads under way from it end as `failed`. Unknown peers are ignored."""
+        """Forget a peer. Reads under way from it end as `failed`, through `poll`. Unknown peers are ignored."""
 
     def read(self, peer: PeerName, copies: Sequence[Copy]) -> TransferHandle:
-        """Start copying from a peer's memory into ours. Returns at once; never raises for what a peer did:
-        such a read ends as `failed` in `poll`.
+        """Queue copying from a peer's memory into ours; `poll` does the work. Returns at once and never raises for
+        what a peer did: such a read ends as `failed` in `poll`. Reads from one peer are served in order.
 
         Raises:
-            TransportError: the peer is not connected, there are no copies, or a copy leaves our or its regions.
+            TransportError: the peer is not connected, there are no copies, one is empty, or one leaves our or its
+                regions. Nothing has been started then.
         """
 
     def poll(self) -> Sequence[Outcome]:
-        """Drive reads under way and return those that ended since the last call, each exactly once."""
+        """Drive reads under way and return those that ended since the last call, each exactly once. Takes
+        milliseconds, rarely a tenth of a second; never waits for a peer."""
 
     def cancel(self, handle: TransferHandle) -> None:
         """Ask for a read to end soon. It still ends through `poll`, as whatever it then is (`done` included), within
@@ -109,14 +118,15 @@ class Transport(Protocol):
 
     @property
     def num_active(self) -> int:
-        """Reads that have not ended. While positive the owner calls `poll` often."""
+        """Reads whose outcome `poll` has not returned yet. While positive the owner calls `poll` often."""
 
     def progress(self) -> None:
         """Let peers connect to this memory and read it. The owner calls it often while a peer may be doing so, and
         never otherwise: an idle transport uses no processor time."""
 
     def close(self) -> None:
-        """End all reads, forget all peers and give the memory back. Idempotent."""
+        """End all reads, forget all peers and give the memory back. Idempotent. Reads that were under way end as
+        `failed`; one last `poll` returns them."""
 
 
 CANCEL_BOUND_S = 2.0
