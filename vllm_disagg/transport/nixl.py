@@ -1,0 +1,451 @@
+"""The NIXL transport: one-sided reads through UCX, over whatever it finds: RDMA, NVLink, shared memory or TCP.
+
+Why a peer has an agent of its own
+    NIXL 1.5.1 cannot abort a read. `release_xfer_handle` on one under way returns at once and the bytes arrive later
+    all the same; so they do after `remove_remote_agent`, which closes the endpoint gracefully, and its `ucx_ep_close_
+    force` option changes nothing in this version. Verified with a stopped peer over TCP: after either call, SIGCONT
+    brought all 64 MiB into memory that had long been given to somebody else.
+
+    What does end a read is the end of the UCX worker that runs it. So reads from each peer have an agent of their own
+    (a `_Link`), and when a read must end and does not, that agent is destroyed. Verified for a peer stopped before the
+    connection was up, before the read and in its middle, killed, and cut off: it takes about 0.1 s whatever the peer
+    does, leaves no file descriptor, and not one byte came later. In software transports bytes move only while the
+    worker is progressed, and a destroyed one never is; an RDMA queue pair is destroyed with it. The latter, like all
+    of VRAM, has not yet been run.
+
+How a read ends
+    A read goes out in batches, of which `_WINDOW` per peer are under way. A cancelled one sends no more, and usually
+    ends with the batches it had out. If those are still out after `_DRAIN_S`, the link goes, and every read on it. An
+    error of the library costs the link as well. The next read opens a new one, from the same descriptor.
+
+    The window is not only for short cancels. UCX 1.23 emulates reads on TCP and on shared memory without CMA, and its
+    answering side aborts the whole process ("unexpected error: Endpoint timeout") when it finds the reader gone while
+    it still has requests of it to answer. Ending reads by draining them keeps a living peer from that; a peer that was
+    frozen for longer than the drain, or a reader that was killed, can still run into it.
+
+Who must make progress
+    The owner of memory, through `progress`, while a peer connects; and throughout, where reads are emulated. Reads
+    through CMA need nothing from a connected owner, but are done inside the call that starts a batch: that is why
+    `poll` starts only a few. Neither side has a thread of its own that runs: idle agents use no processor time.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import logging
+import os
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from vllm_disagg.errors import ConfigError, TransportError
+from vllm_disagg.transport.base import (
+    CANCEL_BOUND_S,
+    Copy,
+    MemoryKind,
+    Outcome,
+    PeerName,
+    Region,
+    State,
+    TransferHandle,
+)
+from vllm_disagg.transport.regions import Addresses, RegionTable, Runs, batches, plan_copies
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+"""Of the descriptor. 1: the first."""
+
+_BATCH_BYTES = 16 << 20
+_BATCH_COPIES = 1024
+_WINDOW = 4
+"""Batches under way per peer, and the most that one `poll` starts: 64 MiB."""
+
+_DRAIN_S = CANCEL_BOUND_S / 2
+"""How long batches of a cancelled read may take to end before their link is destroyed."""
+
+_UCX_OPTIONS = "TCP_CONN_NB=y"
+"""Connect without blocking: by default UCX waits for a TCP connection inside the call, over two minutes where the
+network is cut. A `UCX_` variable of the environment has precedence."""
+
+
+class _Descriptor(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
+    kind: Literal["nixl"] = "nixl"
+    version: int
+    agent_name: str
+    memory: MemoryKind
+    regions: tuple[Region, ...]
+    metadata: bytes
+    """What NIXL needs to reach the agent, addresses and memory keys."""
+    digest: bytes
+    """Of the metadata, so that nothing damaged reaches NIXL's parser."""
+
+
+_decoder = msgspec.msgpack.Decoder(_Descriptor)
+
+
+class NixlTransport:
+    """See `Transport`.
+
+    Args:
+        agent_name: what peers call this side; never used again by a later process.
+        memory: where the regions lie. `VRAM` has not yet been run on a GPU.
+        clock: seconds, for the length of reads and the bound of cancels.
+
+    Raises:
+        ConfigError: NIXL is not installed.
+    """
+
+    name = "nixl"
+
+    def __init__(
+        self, agent_name: str, *, memory: MemoryKind = "DRAM", clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        _import_nixl()
+        self._agent_name, self._memory, self._clock = agent_name, memory, clock
+        self._owner: _Agent | None = None
+        self._regions: RegionTable | None = None
+        self._peers: dict[PeerName, _Peer] = {}
+        self._ended: list[Outcome] = []
+        self._link_numbers = count()
+
+    def register(self, regions: Sequence[Region]) -> bytes:
+        assert self._regions is None, "register is called once"
+        self._regions = RegionTable(regions)
+        self._owner = _Agent(self._agent_name, self._memory, self._regions)
+        metadata = self._owner.metadata()
+        return msgspec.msgpack.encode(
+            _Descriptor(
+                version=VERSION,
+                agent_name=self._agent_name,
+                memory=self._memory,
+                regions=self._regions.regions,
+                metadata=metadata,
+                digest=_digest(metadata),
+            )
+        )
+
+    def connect(self, descriptor: bytes) -> PeerName:
+        offer = self._decode(descriptor)
+        name = PeerName(offer.agent_name)
+        known = self._peers.get(name)
+        if known is None:
+            self._peers[name] = peer = _Peer(bytes(descriptor), offer, RegionTable(offer.regions))
+            self._try_open(peer)
+        elif known.descriptor != descriptor:
+            raise TransportError(f"another peer is connected as {name!r}: disconnect it first")
+        return name
+
+    def disconnect(self, peer: PeerName) -> None:
+        known = self._peers.pop(peer, None)
+        if known is not None:
+            self._drop(known, "disconnected")
+
+    def read(self, peer: PeerName, copies: Sequence[Copy]) -> TransferHandle:
+        known = self._peers.get(peer)
+        if known is None or self._regions is None:
+            raise TransportError(f"no connection to {peer!r}")
+        runs = plan_copies(copies, ours=self._regions, theirs=known.regions, max_bytes=_BATCH_BYTES)
+        read = _Read(
+            waiting=deque(batches(runs, max_bytes=_BATCH_BYTES, max_copies=_BATCH_COPIES)),
+            num_bytes=int(runs.num_bytes.sum()),
+            num_descriptors=len(runs),
+            started_s=self._clock(),
+        )
+        known.reads.append(read)
+        return read
+
+    def poll(self) -> Sequence[Outcome]:
+        for peer in self._peers.values():
+            if peer.reads:
+                self._drive(peer)
+        ended, self._ended = self._ended, []
+        return ended
+
+    def cancel(self, handle: TransferHandle) -> None:
+        assert isinstance(handle, _Read)
+        if handle.cancelled_s is None:
+            handle.cancelled_s = self._clock()
+
+    @property
+    def num_active(self) -> int:
+        return len(self._ended) + sum(len(peer.reads) for peer in self._peers.values())
+
+    def progress(self) -> None:
+        if self._owner is not None:
+            self._owner.progress()
+
+    def close(self) -> None:
+        for peer in list(self._peers):
+            self.disconnect(peer)
+        if self._owner is not None:
+            self._owner.destroy()
+            self._owner = None
+
+    def _decode(self, descriptor: bytes) -> _Descriptor:
+        try:
+            offer = _decoder.decode(descriptor)
+        except msgspec.MsgspecError as error:
+            raise TransportError(f"not a descriptor of the nixl transport: {error}") from None
+        if offer.version != VERSION:
+            raise TransportError(f"nixl descriptor of version {offer.version}; this side speaks {VERSION}")
+        if offer.digest != _digest(offer.metadata):
+            raise TransportError("the nixl descriptor is damaged: its metadata does not match its digest")
+        if self._regions is None:
+            raise TransportError("register own memory before connecting to a peer")
+        return offer
+
+    def _try_open(self, peer: _Peer) -> str:
+        """Give the peer a link. Returns why it has none, or nothing."""
+        assert self._regions is not None and peer.link is None
+        name = f"{self._agent_name}#{next(self._link_numbers)}"
+        try:
+            peer.link = _Link(name, self._memory, self._regions, peer.offer)
+        except TransportError as error:
+            logger.info("transport.unreachable peer=%s error=%s", peer.offer.agent_name, error)
+            return str(error)
+        return ""
+
+    def _drive(self, peer: _Peer) -> None:
+        """One step of all reads from a peer."""
+        if peer.link is None and (error := self._try_open(peer)):
+            self._drop(peer, error)
+            return
+        if error := self._advance(peer):
+            self._drop(peer, error)
+            return
+        for read in [read for read in peer.reads if read.is_over]:
+            peer.reads.remove(read)
+            self._end(read, "cancelled" if read.waiting else "done")
+        if any(self._is_overdue(read) for read in peer.reads):
+            self._drop(peer, f"the peer did not answer within {_DRAIN_S} s of a cancel")
+
+    def _advance(self, peer: _Peer) -> str:
+        """Collect and start batches. Returns what went wrong, as text: the exception holds frames that hold the agent,
+        and must be gone before the link is destroyed."""
+        assert peer.link is not None
+        try:
+            for read in peer.link.collect():
+                read.num_under_way -= 1
+            self._start_batches(peer, peer.link)
+        except TransportError as error:
+            return str(error)
+        return ""
+
+    def _start_batches(self, peer: _Peer, link: _Link) -> None:
+        budget = _WINDOW
+        for read in peer.reads:
+            while read.waiting and read.cancelled_s is None:
+                if budget == 0 or link.num_under_way >= _WINDOW:
+                    return
+                budget -= 1
+                read.num_under_way += link.start(read, read.waiting[0])
+                read.waiting.popleft()
+
+    def _is_overdue(self, read: _Read) -> bool:
+        return read.cancelled_s is not None and self._clock() - read.cancelled_s > _DRAIN_S
+
+    def _drop(self, peer: _Peer, error: str) -> None:
+        """Destroy the peer's link, and only then end its reads: from here on nothing writes to their memory."""
+        if peer.link is not None:
+            peer.link.destroy()
+            peer.link = None
+            logger.info("transport.link_dropped peer=%s error=%s", peer.offer.agent_name, error)
+        while peer.reads:
+            read = peer.reads.popleft()
+            if read.cancelled_s is not None:
+                self._end(read, "cancelled")
+            else:
+                self._end(read, "failed", error)
+
+    def _end(self, read: _Read, state: State, error: str = "") -> None:
+        self._ended.append(
+            Outcome(
+                handle=read,
+                state=state,
+                seconds=self._clock() - read.started_s,
+                num_bytes=read.num_bytes,
+                num_descriptors=read.num_descriptors,
+                error=error,
+            )
+        )
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Read:
+    """A read that has not ended: the batches still to start, and how many are under way."""
+
+    waiting: deque[Runs]
+    num_bytes: int
+    num_descriptors: int
+    started_s: float
+    num_under_way: int = 0
+    cancelled_s: float | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.num_under_way == 0 and (not self.waiting or self.cancelled_s is not None)
+
+
+@dataclass(slots=True, eq=False)
+class _Peer:
+    """A connected peer. Its link comes and goes, it stays."""
+
+    descriptor: bytes
+    offer: _Descriptor
+    regions: RegionTable
+    link: _Link | None = None
+    reads: deque[_Read] = field(default_factory=deque)
+
+
+class _Agent:
+    """A NIXL agent over UCX with this side's memory registered; the only place that calls NIXL.
+
+    Raises:
+        TransportError: UCX does not start, or refuses the memory.
+    """
+
+    def __init__(self, name: str, memory: MemoryKind, regions: RegionTable) -> None:
+        self.memory = memory
+        nixl = _import_nixl()
+        try:
+            self.nixl = nixl.nixl_agent(name, nixl.nixl_agent_config(enable_prog_thread=False, backends=[]))
+            self.nixl.create_backend("UCX", {"engine_config": _UCX_OPTIONS})
+            self.nixl.register_memory(
+                [(region.address, region.num_bytes, region.device_id, "") for region in regions.regions], memory
+            )
+        except Exception as error:
+            raise TransportError(
+                f"NIXL cannot serve {memory} through UCX: {_text(error)}; "
+                "if UCX_TLS is set, it must contain tcp, and cuda for GPU memory"
+            ) from error
+
+    def metadata(self) -> bytes:
+        return bytes(self.nixl.get_agent_metadata())
+
+    def progress(self) -> None:
+        # Also empties the mailbox that everyone with the metadata can write to.
+        self.nixl.get_new_notifs()
+
+    def destroy(self) -> None:
+        """End the agent and all that UCX does for it, now."""
+        alive = weakref.ref(self.nixl.agent)
+        self.nixl.agent = None
+        if alive() is not None:
+            gc.collect()
+        assert alive() is None, "a NIXL agent outlived its owner, so memory may still be written"
+
+
+class _Link:
+    """An agent that reads from one peer and does nothing else, so that its end is the end of these reads.
+
+    Raises:
+        TransportError: the peer cannot be reached, or the agent cannot be built.
+    """
+
+    def __init__(self, name: str, memory: MemoryKind, regions: RegionTable, offer: _Descriptor) -> None:
+        self._agent = _Agent(name, memory, regions)
+        self._peer, self._peer_memory = offer.agent_name, offer.memory
+        self._under_way: list[tuple[_Read, Any]] = []
+        try:
+            found = self._agent.nixl.add_remote_agent(offer.metadata)
+        except Exception as error:
+            self._agent.destroy()
+            raise TransportError(f"NIXL cannot reach {self._peer!r}: {_text(error)}") from error
+        if (found.decode(errors="replace") if isinstance(found, bytes) else found) != self._peer:
+            self._agent.destroy()
+            raise TransportError(f"the descriptor of {self._peer!r} carries the metadata of {found!r}")
+
+    @property
+    def num_under_way(self) -> int:
+        return len(self._under_way)
+
+    def start(self, read: _Read, batch: Runs) -> int:
+        """Start a batch. Returns how many more are under way: none if it is done already.
+
+        Raises:
+            TransportError: the library refused; the link must be destroyed.
+        """
+        nixl = self._agent.nixl
+        try:
+            handle = nixl.initialize_xfer(
+                "READ",
+                nixl.get_xfer_descs(_table(batch.local, batch.num_bytes, batch.local_device), self._agent.memory),
+                nixl.get_xfer_descs(_table(batch.remote, batch.num_bytes, batch.remote_device), self._peer_memory),
+                self._peer,
+            )
+            self._under_way.append((read, handle))  # before it starts, so that `destroy` knows it
+            state = nixl.transfer(handle)
+            if state == "DONE":
+                self._under_way.pop()
+                handle.release()
+        except Exception as error:
+            raise TransportError(f"read from {self._peer!r} failed: {_text(error)}") from error
+        if state == "ERR":
+            raise TransportError(f"read from {self._peer!r} failed")
+        return int(state != "DONE")
+
+    def collect(self) -> list[_Read]:
+        """Make progress. Returns the read of each batch that has ended.
+
+        Raises:
+            TransportError: a batch failed; the link must be destroyed.
+        """
+        ended, still = [], []
+        try:
+            for read, handle in self._under_way:
+                match self._agent.nixl.check_xfer_state(handle):
+                    case "DONE":
+                        handle.release()
+                        ended.append(read)
+                    case "PROC":
+                        still.append((read, handle))
+                    case _:
+                        raise TransportError(f"read from {self._peer!r} failed")
+        except TransportError:
+            raise
+        except Exception as error:
+            raise TransportError(f"read from {self._peer!r} failed: {_text(error)}") from error
+        self._under_way = still
+        return ended
+
+    def destroy(self) -> None:
+        """End all batches and the connection. Nothing is written to local memory afterwards."""
+        while self._under_way:
+            _, handle = self._under_way.pop()
+            try:
+                handle.release()  # a handle holds the agent, so this must go first; it does not end the read
+            except Exception as error:
+                logger.debug("transport.release_failed peer=%s error=%s", self._peer, _text(error))
+            del handle
+        self._agent.destroy()
+
+
+def _table(addresses: Addresses, num_bytes: Addresses, devices: Addresses) -> Addresses:
+    return np.stack((addresses, num_bytes, devices), axis=1)
+
+
+def _digest(metadata: bytes) -> bytes:
+    return hashlib.blake2b(metadata, digest_size=16).digest()
+
+
+def _text(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _import_nixl() -> Any:
+    # Without this UCX prints a line for each copy that was under way when a link is destroyed.
+    os.environ.setdefault("UCX_LOG_LEVEL", "error")
+    try:
+        import nixl._api
+    except ImportError as error:
+        raise ConfigError(f"kv transport nixl needs NIXL ({error}): pip install 'vllm-disagg[nixl]'") from error
+    return nixl._api
