@@ -51,7 +51,8 @@ class Memory:
         if seed is None:
             self.data = np.zeros(num_bytes, np.uint8)
         else:
-            self.data = np.random.default_rng(seed).integers(0, 256, num_bytes, np.uint8)
+            # The period is prime, so that no two blocks of a usual size are equal.
+            self.data = np.resize(np.random.default_rng(seed).integers(0, 256, 1_000_003, np.uint8), num_bytes)
 
     @property
     def address(self) -> int:
@@ -154,7 +155,7 @@ def refused(call: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> boo
     return False
 
 
-def read_states(outcomes: Sequence[Outcome]) -> list[str]:
+def states(outcomes: Sequence[Outcome]) -> list[str]:
     return [outcome.state for outcome in outcomes]
 
 
@@ -244,7 +245,7 @@ def check_every_read_ends_once(open_one: Open) -> None:
 
         assert {id(outcome.handle) for outcome in outcomes} == {id(handle) for handle in handles}
         assert len(outcomes) == len(handles)
-        assert set(read_states(outcomes)) == {"done"}
+        assert set(states(outcomes)) == {"done"}
         assert list(reader.transport.poll()) == []
 
 
@@ -255,7 +256,7 @@ def check_connect_is_idempotent(open_one: Open) -> None:
         assert reader.transport.connect(owner.descriptor) == peer == owner.name
         reader.transport.read(peer, whole(reader, owner))
         assert reader.transport.connect(owner.descriptor) == peer
-        assert read_states(finish(reader.transport, owner.transport)) == ["done"]
+        assert states(finish(reader.transport, owner.transport)) == ["done"]
 
 
 def check_malformed_descriptors_are_refused(open_one: Open) -> None:
@@ -273,7 +274,7 @@ def check_malformed_descriptors_are_refused(open_one: Open) -> None:
         peer = reader.transport.connect(good)
         reader.transport.read(peer, whole(reader, owner))
 
-        assert read_states(finish(reader.transport, owner.transport)) == ["done"]
+        assert states(finish(reader.transport, owner.transport)) == ["done"]
 
 
 def check_reads_out_of_bounds_are_refused(open_one: Open) -> None:
@@ -374,11 +375,12 @@ def check_a_peer_can_be_connected_again(open_one: Open) -> None:
         assert reader.transport.connect(owner.descriptor) == peer
         reader.transport.read(peer, whole(reader, owner))
 
-        assert read_states(finish(reader.transport, owner.transport)) == ["done"]
+        assert states(finish(reader.transport, owner.transport)) == ["done"]
         assert np.array_equal(reader.memory.data, owner.memory.data)
 
 
-def check_reads_from_a_closed_peer_fail(open_one: Open) -> None:
+def check_reads_from_a_closed_peer_end(open_one: Open) -> None:
+    """They fail, unless the connection was up and the memory still exists: some libraries then find it all the same."""
     with rig(open_one) as made:
         reader, owner, peer = made.pair()
         reader.transport.read(peer, whole(reader, owner))
@@ -388,15 +390,16 @@ def check_reads_from_a_closed_peer_fail(open_one: Open) -> None:
         owner.transport.close()
         never_met.transport.close()
 
-        reader.transport.read(peer, whole(reader, owner))
-        reader.transport.read(reader.transport.connect(never_met.descriptor), whole(reader, never_met))
-        failed = finish(reader.transport)
+        known = reader.transport.read(peer, whole(reader, owner))
+        lost = reader.transport.read(reader.transport.connect(never_met.descriptor), whole(reader, never_met))
+        ended = {id(outcome.handle): outcome for outcome in finish(reader.transport)}
         reader.transport.read(reader.transport.connect(other.descriptor), whole(reader, other))
         done = finish(reader.transport, other.transport)
 
-        assert read_states(failed) == ["failed", "failed"]
-        assert all(outcome.error for outcome in failed)
-        assert read_states(done) == ["done"]
+        assert ended[id(known)].state in ("done", "failed")
+        assert ended[id(lost)].state == "failed"
+        assert ended[id(lost)].error
+        assert states(done) == ["done"]
 
 
 def check_two_agents_may_read_from_each_other(open_one: Open) -> None:
@@ -410,7 +413,7 @@ def check_two_agents_may_read_from_each_other(open_one: Open) -> None:
             lambda: one.transport.num_active + two.transport.num_active == 0, one.transport, two.transport
         )
 
-        assert read_states(outcomes) == ["done", "done"]
+        assert states(outcomes) == ["done", "done"]
         assert np.array_equal(one.memory.data, two.memories[1].data)
         assert np.array_equal(two.memory.data, one.memories[1].data)
 
@@ -424,7 +427,7 @@ def check_close_ends_reads_and_is_idempotent(open_one: Open) -> None:
         reader.transport.close()
         outcomes = reader.transport.poll()
 
-        assert read_states(outcomes) == ["failed"]
+        assert states(outcomes) == ["failed"]
         assert reader.transport.num_active == 0
         assert_quiet(reader, owner)
         assert refused(reader.transport.read, peer, whole(reader, owner))
@@ -467,7 +470,7 @@ CHECKS: tuple[Check, ...] = (
     check_one_cancel_leaves_the_others_alone,
     check_disconnect_ends_reads,
     check_a_peer_can_be_connected_again,
-    check_reads_from_a_closed_peer_fail,
+    check_reads_from_a_closed_peer_end,
     check_two_agents_may_read_from_each_other,
     check_close_ends_reads_and_is_idempotent,
     check_idling_costs_nothing,

@@ -1,0 +1,94 @@
+"""Every transport keeps the contract, between agents of one process."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_disagg.errors import ConfigError, TransportError
+from vllm_disagg.testing.check_transport import CHECKS, Check, Memory, finish, rig, run_until, whole
+from vllm_disagg.transport import open_transport
+from vllm_disagg.transport.base import CANCEL_BOUND_S, Copy, Region, Transport
+from vllm_disagg.transport.loopback import LoopbackTransport
+from vllm_disagg.transport.regions import RegionTable, batches, plan_copies
+
+each_check = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+
+
+def open_nixl(agent_name: str) -> Transport:
+    pytest.importorskip("nixl")
+    return open_transport("nixl", agent_name)
+
+
+@each_check
+def test_loopback(check: Check) -> None:
+    check(LoopbackTransport)
+
+
+@each_check
+def test_nixl(check: Check) -> None:
+    check(open_nixl)
+
+
+def test_a_descriptor_of_another_transport_is_refused() -> None:
+    with rig(LoopbackTransport) as loopback, rig(open_nixl) as nixl:
+        one, other = loopback.agent(Memory(4096)), nixl.agent(Memory(4096))
+
+        with pytest.raises(TransportError, match="not a descriptor of the loopback transport"):
+            one.transport.connect(other.descriptor)
+        with pytest.raises(TransportError, match="not a descriptor of the nixl transport"):
+            other.transport.connect(one.descriptor)
+
+
+def test_a_damaged_descriptor_never_reaches_nixl() -> None:
+    with rig(open_nixl) as made:
+        reader, owner = made.agent(Memory(4096)), made.agent(Memory(4096))
+        middle = len(owner.descriptor) // 2
+        damaged = owner.descriptor[:middle] + b"\x01\x02" + owner.descriptor[middle + 2 :]
+
+        with pytest.raises(TransportError, match="damaged"):
+            reader.transport.connect(damaged)
+
+
+def test_loopback_handles_host_memory_only() -> None:
+    with pytest.raises(ConfigError, match="use nixl"):
+        open_transport("loopback", "x", memory="VRAM")
+
+
+def test_a_frozen_loopback_peer_holds_reads_until_they_are_cancelled() -> None:
+    with rig(LoopbackTransport) as made:
+        reader, owner, peer = made.pair()
+        assert isinstance(owner.transport, LoopbackTransport)
+        owner.transport.frozen = True
+        handle = reader.transport.read(peer, whole(reader, owner))
+        assert list(reader.transport.poll()) == []
+
+        reader.transport.cancel(handle)
+        (outcome,) = finish(reader.transport, deadline_s=CANCEL_BOUND_S)
+
+        assert outcome.state == "cancelled"
+        assert not reader.memory.data.any()
+
+
+def test_copies_are_joined_cut_and_batched_without_losing_a_byte() -> None:
+    ours = RegionTable([Region(address=1000, num_bytes=10_000, device_id=3)])
+    theirs = RegionTable([Region(address=50_000, num_bytes=5_000), Region(address=55_000, num_bytes=5_000)])
+    copies = [Copy(1000, 50_000, 700), Copy(1700, 50_700, 1800), Copy(4000, 54_000, 1000), Copy(5000, 55_000, 10)]
+
+    runs = plan_copies(copies, ours=ours, theirs=theirs, max_bytes=1000)
+    parts = batches(runs, max_bytes=1500, max_copies=2)
+
+    assert list(zip(runs.local, runs.remote, runs.num_bytes, strict=True)) == [
+        (1000, 50_000, 1000), (2000, 51_000, 1000), (3000, 52_000, 500), (4000, 54_000, 1000), (5000, 55_000, 10),
+    ]  # fmt: skip
+    assert set(runs.local_device) == {3}
+    assert [part.num_bytes.tolist() for part in parts] == [[1000], [1000, 500], [1000, 10]]
+
+
+def test_bytes_move_only_while_somebody_polls() -> None:
+    with rig(open_nixl) as made:
+        reader, owner, peer = made.pair()
+        reader.transport.read(peer, whole(reader, owner))
+
+        assert not reader.memory.data.any()
+        run_until(lambda: reader.transport.num_active == 0, reader.transport, owner.transport)
+        assert reader.memory.data.any()

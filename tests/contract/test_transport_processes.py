@@ -1,0 +1,319 @@
+"""NIXL between processes whose memory is read, stopped, killed and started again. The peer is this file, as a program.
+
+What these tests are about is the promise that nothing is written to a read's memory once its outcome is known.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property
+
+import psutil
+import pytest
+
+from vllm_disagg.testing.check_transport import Memory, Rig, finish, rig, run_until
+from vllm_disagg.transport import open_transport
+from vllm_disagg.transport.base import CANCEL_BOUND_S, Copy, Outcome, PeerName, TransferHandle, Transport
+
+pytest.importorskip("nixl")
+
+MIB = 1 << 20
+SEED = 11
+CANARY = 0xC7
+ANSWER = b"peer: "
+
+TCP = {"UCX_TLS": "tcp"}
+"""A link whose peer must answer each read, which a stopped one does not."""
+
+SHARED_MEMORY: dict[str, str] = {}
+"""Whatever UCX finds; on one host that is CMA."""
+
+
+class PeerProcess:
+    """An owner of pseudo-random memory in a process of its own, which progresses its transport all the time."""
+
+    def __init__(self, name: str, num_bytes: int, env: dict[str, str]) -> None:
+        self.num_bytes = num_bytes
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, f"{name}-{os.getpid()}", str(num_bytes)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
+            env={**os.environ, **env},
+        )  # fmt: skip
+
+    @cached_property
+    def _announced(self) -> list[bytes]:
+        return self._answer().split()
+
+    @property
+    def address(self) -> int:
+        """Of its memory, in its process. Waits for it to start, like `descriptor`."""
+        return int(self._announced[0])
+
+    @property
+    def descriptor(self) -> bytes:
+        return base64.b64decode(self._announced[1])
+
+    def stop(self) -> None:
+        assert self._announced
+        self._process.send_signal(signal.SIGSTOP)
+        run_until(lambda: psutil.Process(self._process.pid).status() == psutil.STATUS_STOPPED)
+
+    def go_on(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def ask(self) -> bool:
+        """Wait for a sign of life: true once it has answered, false if it has died."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(b"?\n")
+            return self._answer() == b"alive"
+        except BrokenPipeError:
+            return False
+
+    def close(self) -> None:
+        self.kill()
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+
+    def _answer(self) -> bytes:
+        """What it says next, past what its libraries print; nothing once it has died."""
+        stdout = self._process.stdout
+        assert stdout is not None
+        while True:
+            ready, _, _ = select.select([stdout], [], [], 20.0)
+            assert ready, "the peer process does not answer"
+            line = stdout.readline()
+            if not line or line.startswith(ANSWER):
+                return line.removeprefix(ANSWER).strip()
+
+
+StartPeer = Callable[..., PeerProcess]
+
+
+@pytest.fixture
+def start_peer() -> Iterator[StartPeer]:
+    peers: list[PeerProcess] = []
+
+    def start(name: str, num_mib: int = 1, env: dict[str, str] = SHARED_MEMORY) -> PeerProcess:
+        peers.append(PeerProcess(name, num_mib * MIB, env))
+        return peers[-1]
+
+    yield start
+    for peer in peers:
+        peer.close()
+
+
+@pytest.fixture
+def made() -> Iterator[Rig]:
+    with rig(lambda name: open_transport("nixl", name)) as opened:
+        yield opened
+
+
+def read_all(reader: Transport, memory: Memory, name: PeerName, peer: PeerProcess) -> TransferHandle:
+    """Read all of the peer in pieces of 64 KiB, its last piece first, so that nothing can be joined."""
+    piece = 64 << 10
+    starts = range(peer.num_bytes - piece, -1, -piece)
+    return reader.read(name, [Copy(memory.address + at, peer.address + at, piece) for at in starts])
+
+
+def warm_up(reader: Transport, memory: Memory, peer: PeerProcess) -> PeerName:
+    """Connect, and make sure that the connection is up."""
+    name = reader.connect(peer.descriptor)
+    reader.read(name, [Copy(memory.address, peer.address, 4096)])
+    assert [outcome.state for outcome in finish(reader)] == ["done"]
+    memory.data.fill(0)
+    return name
+
+
+def poll_for(reader: Transport, seconds: float) -> list[Outcome]:
+    """Poll for so long, to see that something does not happen."""
+    end_s = time.monotonic() + seconds
+    return run_until(lambda: time.monotonic() > end_s, reader)
+
+
+def expected(peer: PeerProcess) -> Memory:
+    return Memory(peer.num_bytes, seed=SEED)
+
+
+@pytest.mark.parametrize("env", [SHARED_MEMORY, TCP], ids=["shared_memory", "tcp"])
+def test_it_reads_the_memory_of_another_process(made: Rig, start_peer: StartPeer, env: dict[str, str]) -> None:
+    peer = start_peer("owner", 24, env)
+    memory = Memory(peer.num_bytes)
+    reader = made.agent(memory).transport
+
+    read_all(reader, memory, reader.connect(peer.descriptor), peer)
+    (outcome,) = finish(reader)
+
+    assert (outcome.state, outcome.num_descriptors) == ("done", 24 * 16)
+    assert (memory.data == expected(peer).data).all()
+
+
+@pytest.mark.parametrize("moment", ["before_connecting", "before_the_read", "during_the_read"])
+def test_nothing_arrives_from_a_frozen_peer_once_its_read_has_ended(
+    made: Rig, start_peer: StartPeer, moment: str
+) -> None:
+    peer = start_peer("frozen", 128, TCP)
+    memory = Memory(peer.num_bytes)
+    reader = made.agent(memory).transport
+    if moment == "before_connecting":
+        peer.stop()
+        name = reader.connect(peer.descriptor)
+    else:
+        name = warm_up(reader, memory, peer)
+    if moment == "before_the_read":
+        peer.stop()
+    handle = read_all(reader, memory, name, peer)
+    if moment == "during_the_read":
+        run_until(lambda: bool(memory.data[-1024:].any()), reader)
+        peer.stop()
+
+    assert poll_for(reader, 0.2) == []
+    asked_s = time.monotonic()
+    reader.cancel(handle)
+    (outcome,) = finish(reader)
+    took_s = time.monotonic() - asked_s
+    memory.data.fill(CANARY)
+    peer.go_on()
+    peer.ask()  # UCX may end a peer that finds its reader gone, see docs/transport.md; here only late bytes count
+    poll_for(reader, 0.3)
+
+    assert (outcome.handle, outcome.state) == (handle, "cancelled")
+    assert took_s < CANCEL_BOUND_S
+    assert (memory.data == CANARY).all()
+
+
+def test_a_peer_frozen_while_connecting_is_read_later_from_the_same_descriptor(
+    made: Rig, start_peer: StartPeer
+) -> None:
+    peer = start_peer("thawed", 4)
+    memory = Memory(peer.num_bytes)
+    reader = made.agent(memory).transport
+    peer.stop()
+    name = reader.connect(peer.descriptor)
+    reader.cancel(read_all(reader, memory, name, peer))
+    assert [outcome.state for outcome in finish(reader)] == ["cancelled"]
+    peer.go_on()
+
+    read_all(reader, memory, name, peer)
+
+    assert [outcome.state for outcome in finish(reader)] == ["done"]
+    assert (memory.data == expected(peer).data).all()
+    assert peer.ask()
+
+
+def test_a_frozen_peer_does_not_hold_up_another(made: Rig, start_peer: StartPeer) -> None:
+    frozen, lively = start_peer("stuck", 4, TCP), start_peer("lively", 4)
+    memory = Memory(4 * MIB)
+    reader = made.agent(memory).transport
+    stuck_name, name = warm_up(reader, memory, frozen), warm_up(reader, memory, lively)
+    frozen.stop()
+    stuck = read_all(reader, memory, stuck_name, frozen)
+    reader.cancel(stuck)
+
+    kept = read_all(reader, memory, name, lively)
+    ended = {id(outcome.handle): outcome.state for outcome in finish(reader)}
+
+    assert ended == {id(stuck): "cancelled", id(kept): "done"}
+
+
+@pytest.mark.parametrize("env", [SHARED_MEMORY, TCP], ids=["shared_memory", "tcp"])
+def test_reads_from_a_killed_peer_fail(made: Rig, start_peer: StartPeer, env: dict[str, str]) -> None:
+    peer, never_met = start_peer("killed", 8, env), start_peer("unmet", 1, env)
+    memory = Memory(peer.num_bytes)
+    reader = made.agent(memory).transport
+    name = warm_up(reader, memory, peer)
+    assert never_met.descriptor
+    peer.kill()
+    never_met.kill()
+
+    first = read_all(reader, memory, name, peer)
+    again = read_all(reader, memory, name, peer)
+    unmet = read_all(reader, memory, reader.connect(never_met.descriptor), never_met)
+    ended = {id(outcome.handle): outcome for outcome in finish(reader)}
+    after = read_all(reader, memory, name, peer)
+    (last,) = finish(reader)
+
+    assert [ended[id(handle)].state for handle in (first, again, unmet)] == ["failed"] * 3
+    assert (last.handle, last.state) == (after, "failed")
+    assert "killed" in ended[id(first)].error
+
+
+def test_a_read_fails_when_its_peer_is_killed_meanwhile(made: Rig, start_peer: StartPeer) -> None:
+    peer = start_peer("shot", 128, TCP)
+    memory = Memory(peer.num_bytes)
+    reader = made.agent(memory).transport
+    read_all(reader, memory, warm_up(reader, memory, peer), peer)
+    run_until(lambda: bool(memory.data[-1024:].any()), reader)
+
+    peer.kill()
+    (outcome,) = finish(reader)
+    memory.data.fill(CANARY)
+    poll_for(reader, 0.2)
+
+    assert outcome.state == "failed"
+    assert (memory.data == CANARY).all()
+
+
+def test_a_restarted_peer_is_another_peer(made: Rig, start_peer: StartPeer) -> None:
+    before = start_peer("first-life", 4)
+    memory = Memory(before.num_bytes)
+    reader = made.agent(memory).transport
+    old_name = warm_up(reader, memory, before)
+    before.kill()
+    after = start_peer("second-life", 4)
+
+    lost = read_all(reader, memory, old_name, before)
+    read = read_all(reader, memory, reader.connect(after.descriptor), after)
+    ended = {id(outcome.handle): outcome.state for outcome in finish(reader)}
+    reader.disconnect(old_name)
+
+    assert ended == {id(lost): "failed", id(read): "done"}
+    assert (memory.data == expected(after).data).all()
+
+
+def test_ended_links_leave_no_descriptor_and_no_thread(made: Rig, start_peer: StartPeer) -> None:
+    peer = start_peer("visited", 1)
+    memory = Memory(peer.num_bytes)
+    reader = made.agent(memory).transport
+    reader.disconnect(warm_up(reader, memory, peer))
+    this = psutil.Process()
+    before = this.num_fds(), this.num_threads()
+
+    for _ in range(5):
+        reader.disconnect(warm_up(reader, memory, peer))
+
+    assert (this.num_fds(), this.num_threads()) == before
+
+
+def answer(text: bytes) -> None:
+    os.write(sys.stdout.fileno(), ANSWER + text + b"\n")
+
+
+def serve(agent_name: str, num_bytes: int) -> None:
+    """Own memory until killed or left alone; say so when asked."""
+    memory = Memory(num_bytes, seed=SEED)
+    transport = open_transport("nixl", agent_name)
+    descriptor = transport.register([memory.region])
+    answer(b"%d %s" % (memory.address, base64.b64encode(descriptor)))
+    while True:
+        transport.progress()
+        if select.select([sys.stdin], [], [], 0.0005)[0]:
+            if not sys.stdin.readline():
+                return
+            answer(b"alive")
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], int(sys.argv[2]))
