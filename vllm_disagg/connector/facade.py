@@ -57,6 +57,7 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        support.log_with_vllm()
         transfer = vllm_config.kv_transfer_config
         self.settings = EngineSettings.from_extra_config(transfer.kv_connector_extra_config)
         self._engine_id = EngineId(transfer.engine_id)

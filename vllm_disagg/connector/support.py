@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from vllm_disagg.errors import ConfigError
@@ -13,6 +14,15 @@ if TYPE_CHECKING:
 
 OVERDUE_GRACE_S = CANCEL_BOUND_S + 3.0
 """Beyond twice the pull timeout, how long a parked request may stay unsettled before the scheduler half fails it."""
+
+
+def log_with_vllm() -> None:
+    """Send our log lines where this process's vLLM sends its own, which configures its own logger only."""
+    ours, theirs = logging.getLogger("vllm_disagg"), logging.getLogger("vllm")
+    if not ours.handlers and theirs.handlers:
+        ours.handlers = list(theirs.handlers)
+        ours.setLevel(theirs.level)
+        ours.propagate = False
 
 
 def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:

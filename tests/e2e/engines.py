@@ -1,0 +1,161 @@
+"""Real engines and a real proxy as child processes, for tests that also freeze and kill them."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+START_TIMEOUT_S = 240.0
+BLOCK_SIZE = 32
+MAX_MODEL_LEN = 2048
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def core(index: int) -> int:
+    """The core for the index-th engine; with few cores they share."""
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[index % len(cores)]
+
+
+@dataclass(kw_only=True)
+class Process:
+    """A child in a process group of its own, with its output in a file."""
+
+    name: str
+    argv: Sequence[str]
+    log: Path
+    env: dict[str, str] = field(default_factory=dict)
+    popen: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self.log.open("ab") as output:
+            self.popen = subprocess.Popen(
+                self.argv,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self.env},
+                start_new_session=True,
+            )
+
+    def tree(self) -> list[psutil.Process]:
+        """Every process of it that lives."""
+        assert self.popen is not None
+        try:
+            root = psutil.Process(self.popen.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def signal_all(self, number: int) -> None:
+        for process in self.tree():
+            try:
+                process.send_signal(number)
+            except psutil.NoSuchProcess:
+                continue
+
+    def kill(self) -> None:
+        """`kill -9` everything at once, and reap it."""
+        processes = self.tree()
+        self.signal_all(signal.SIGKILL)
+        psutil.wait_procs(processes, timeout=10)
+        if self.popen is not None:
+            self.popen.wait(timeout=10)
+
+    def stop(self) -> None:
+        """End it politely, then not."""
+        if self.popen is None or self.popen.poll() is not None:
+            return
+        self.popen.terminate()
+        try:
+            self.popen.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def assert_alive(self) -> None:
+        assert self.popen is not None
+        if self.popen.poll() is not None:
+            tail = self.log.read_text(errors="replace")[-3000:]
+            raise AssertionError(f"{self.name} ended with {self.popen.returncode}:\n{tail}")
+
+
+@dataclass(kw_only=True)
+class Server(Process):
+    """A child that answers HTTP."""
+
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def wait_until_ready(self, path: str = "/health") -> None:
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            self.assert_alive()
+            try:
+                with urllib.request.urlopen(self.url + path, timeout=2) as answer:
+                    if answer.status == 200:
+                        return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)  # bounded polling of another process
+        raise AssertionError(f"{self.name} was not ready in {START_TIMEOUT_S} s:\n{self.log.read_text()[-3000:]}")
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Metrics whose name begins so, summed over label values other than `event`, `cause`, `route`, `reason`."""
+        with urllib.request.urlopen(self.url + "/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        found: dict[str, float] = {}
+        for line in text.splitlines():
+            match = re.match(r"([a-zA-Z_:]+)(?:\{(.*)\})? (\S+)$", line)
+            if match is None or not match[1].startswith(prefix):
+                continue
+            kept = re.findall(r'\b(?:event|cause|route|reason|leg)="([^"]*)"', match[2] or "")
+            key = match[1] + ("{" + ",".join(kept) + "}" if kept else "")
+            found[key] = found.get(key, 0.0) + float(match[3])
+        return found
+
+
+def engine(
+    name: str, *, model: Path, index: int, folder: Path, key_file: Path, role: str | None, flags: Sequence[str] = ()
+) -> Server:
+    """An engine on one core: with a role, or plain vLLM as the undivided reference."""
+    port = free_port()
+    argv = [
+        sys.executable, "-m", "vllm_disagg", "serve", str(model), "--port", str(port), "--host", "127.0.0.1",
+        "--served-model-name", "model", "--enforce-eager", "--block-size", str(BLOCK_SIZE), "--dtype", "float32",
+        "--max-model-len", str(MAX_MODEL_LEN), "--kv-cache-memory-bytes", str(700_000_000),
+    ]  # fmt: skip
+    if role is not None:
+        argv += ["--kv-role", role, "--kv-key-file", str(key_file)]
+    if role == "prefill":
+        argv += ["--kv-control-port", str(free_port())]
+    env = {"VLLM_CPU_CI_ENV": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core(index)), "VLLM_NO_USAGE_STATS": "1"}
+    return Server(name=name, argv=[*argv, *flags], log=folder / f"{name}.log", env=env, port=port)
+
+
+def proxy(*, prefill: Sequence[Server], decode: Sequence[Server], folder: Path, flags: Sequence[str] = ()) -> Server:
+    """The proxy in front of them."""
+    port = free_port()
+    argv = [sys.executable, "-m", "vllm_disagg", "proxy", "--port", str(port)]
+    for server in prefill:
+        argv += ["--prefill", server.url]
+    for server in decode:
+        argv += ["--decode", server.url]
+    return Server(name="proxy", argv=[*argv, *flags], log=folder / "proxy.log", port=port)

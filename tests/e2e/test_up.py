@@ -1,0 +1,193 @@
+"""`vllm-disagg up` with real engines: it serves, it says what is wrong, and nothing outlives it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from vllm_disagg.demo.model import tiny_llama_path
+from vllm_disagg.launcher.machine import free_ports
+
+pytestmark = pytest.mark.e2e
+
+READY_LINE = "Ctrl-C stops everything"
+START_S, END_S = 240, 60
+
+
+class Up:
+    """A running `vllm-disagg up`, and every process that was ever seen below it."""
+
+    def __init__(self, log_dir: Path, *arguments: str) -> None:
+        self.port = free_ports(1)[0]
+        self.log_dir = log_dir
+        self._output = (log_dir / "up.out").open("w+")
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "vllm_disagg", "up", str(tiny_llama_path()), "--port", str(self.port)),
+                *("--log-dir", str(log_dir), "--engine-arg=--max-model-len=1024"),
+                *("--engine-arg=--kv-cache-memory-bytes=268435456", *arguments),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=self._output,
+        )
+
+    @property
+    def output(self) -> str:
+        return (self.log_dir / "up.out").read_text()
+
+    def wait_until(self, text: str, *, within_s: float = START_S) -> None:
+        wait_for(lambda: text in self.output or self.process.poll() is not None, within_s)
+        assert text in self.output, self.output
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def engine(self, name: str) -> psutil.Process:
+        """The API server of one engine."""
+        port = self.output.partition(f"{name}: ")[2].partition("http://127.0.0.1:")[2].partition(",")[0]
+        return next(
+            process
+            for process in self.descendants()
+            if process.cmdline()[1:4] == ["-m", "vllm_disagg", "serve"] and port in process.cmdline()
+        )
+
+    def ask(self) -> tuple[str | None, dict[str, Any]]:
+        """One completion: the route it took, and its body."""
+        body = {"model": str(tiny_llama_path()), "prompt": "abc " * 20, "max_tokens": 5, "temperature": 0}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.headers["X-Disagg-Route"], json.load(answer)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._output.close()
+
+
+def wait_for(condition: Any, within_s: float) -> None:
+    deadline_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "timed out"
+        time.sleep(0.2)
+
+
+def assert_gone(processes: list[psutil.Process], *, within_s: float = END_S) -> None:
+    def living() -> list[psutil.Process]:
+        return [each for each in processes if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+
+    wait_for(lambda: not living(), within_s)
+
+
+@contextmanager
+def up(tmp_path: Path, *arguments: str) -> Iterator[Up]:
+    running = Up(tmp_path, *arguments)
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+def test_it_serves_split_requests_and_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+    with up(tmp_path) as running:
+        running.wait_until(READY_LINE)
+        route, answer = running.ask()
+        everything = running.descendants()
+
+        running.process.send_signal(signal.SIGINT)
+
+        assert route == "split" and answer["usage"]["completion_tokens"] == 5
+        assert running.process.wait(END_S) == 0
+        assert len(everything) >= 10  # two engines of three processes, the proxy, three wardens
+        assert_gone(everything, within_s=1)
+
+
+def test_an_engines_death_is_reported_and_a_killed_launcher_leaves_nothing(tmp_path: Path) -> None:
+    with up(tmp_path) as running:
+        running.wait_until(READY_LINE)
+        everything = running.descendants()
+        api_server = running.engine("prefill-0")
+        its_processes = [api_server, *api_server.children(recursive=True)]
+
+        api_server.kill()
+        running.wait_until("the others go on serving", within_s=30)
+
+        assert "prefill-0 was killed by signal 9" in running.output
+        assert_gone(its_processes, within_s=1)
+        assert running.ask()[0] == "local"
+
+        running.process.kill()
+
+        assert_gone(everything)
+
+
+def test_a_launcher_killed_while_engines_start_leaves_nothing(tmp_path: Path) -> None:
+    with up(tmp_path) as running:
+        wait_for(lambda: len(running.descendants()) >= 8, START_S)  # engine cores and workers are there
+        everything = running.descendants()
+
+        running.process.kill()
+
+        assert_gone(everything)
+
+
+def test_a_decode_engine_of_another_dtype_is_refused(tmp_path: Path) -> None:
+    with up(tmp_path, "--prefill-arg=--dtype=float32", "--decode-arg=--dtype=bfloat16") as running:
+        assert running.process.wait(START_S) == 2
+
+        errors = [line for line in running.output.splitlines() if line.startswith("error: ")]
+        assert errors == [
+            "error: the engines do not fit: dtype is 'float32' here and 'bfloat16' at the peer; "
+            "start both with the same dtype"
+        ]
+        assert running.output.endswith(errors[0] + "\n")
+
+
+def test_an_argument_vllm_refuses_is_reported(tmp_path: Path) -> None:
+    with up(tmp_path, "--decode-arg=--no-such-flag") as running:
+        assert running.process.wait(START_S) == 1
+
+        assert "decode-0 ended with exit status 2 while starting" in running.output
+        assert "unrecognized arguments: --no-such-flag" in running.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--kv-role", "both"), "invalid choice: 'both'"),
+        (("--kv-lease-s", "5"), "--kv-lease-s needs --kv-role"),
+    ],
+)
+def test_serve_refuses_wrong_flags_in_one_line(arguments: tuple[str, ...], message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_disagg", "serve", "org/model", *arguments],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_serve_shows_vllms_help_with_our_flags() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_disagg", "serve", "--help=VllmDisagg"],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+
+    for flag in ("--kv-role", "--kv-control-port", "--kv-key-file"):
+        assert flag in done.stdout
