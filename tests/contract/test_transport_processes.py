@@ -303,6 +303,7 @@ def answer(text: bytes) -> None:
 
 def serve(agent_name: str, num_bytes: int) -> None:
     """Own memory until killed or left alone; say so when asked."""
+    sys.modules["torch"] = None  # type: ignore[assignment]  # NIXL imports it to learn of CUDA, which takes a second
     memory = Memory(num_bytes, seed=SEED)
     transport = open_transport("nixl", agent_name)
     descriptor = transport.register([memory.region])
