@@ -9,7 +9,9 @@ _NOISE = re.compile(r"nanobind|^ - leaked |^ - \.\.\. skipped|resource_tracker|^
 """What Python and bindings write about themselves when vLLM's processes end; it would hide the cause of their end."""
 
 _HARMLESS = re.compile(r"\b(?:WARNING|INFO|DEBUG)\b")
-_ERROR = re.compile(r"\b(?:[A-Za-z_]\w*\.)*\w*(?:Error|Exception)\b: \S|\bdied unexpectedly\b|\berror: \S")
+_ERROR = re.compile(
+    r"\b(?:[A-Za-z_]\w*\.)*\w*(?:Error|Exception)\b: \S|\bdied unexpectedly\b|\bFatal Python error\b|\berror: \S"
+)
 
 
 def last_words(text: str, num_lines: int) -> list[str]:

@@ -30,7 +30,12 @@ _QUIET_FLAG = "--disable-access-log-for-endpoints"
 _QUIET_PATHS = "/health,/metrics,/disagg/status"
 """Asked every second by the proxy; they would fill the engines' logs."""
 
-_EAGER_FLAGS = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-cc", "--optimization-level", "-O")
+_SAME_DECISION: dict[str, tuple[str, ...]] = {
+    "--enforce-eager": ("--no-enforce-eager", "--compilation-config", "-cc", "--optimization-level", "-O"),
+    "--kv-cache-memory-bytes": ("--gpu-memory-utilization",),
+}
+_ENGINE_ENV = {"PYTHONFAULTHANDLER": "1"}
+"""A crash in native code leaves a stack in the log instead of nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +119,9 @@ def plan_launch(
             "--kv-role", role, "--kv-key-file", key_file, *control,
             *_tp_flag(settings), *_unless_given(defaults, settings, role), *_user_arguments(settings, role),
         )  # fmt: skip
-        engines.append(EngineLaunch(name=name, role=role, port=port, place=place, argv=argv, env=env))
+        engines.append(
+            EngineLaunch(name=name, role=role, port=port, place=place, argv=argv, env={**_ENGINE_ENV, **env})
+        )
     return LaunchPlan(
         engines=tuple(engines),
         proxy_argv=(*proxy_command, "--host", settings.host, "--port", str(settings.port), *_instance_flags(engines)),
@@ -184,15 +191,18 @@ def _cpu_defaults(
     settings: UpSettings, machine: Machine, weights_bytes: int, environ: Mapping[str, str]
 ) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
     """Flags that make a CPU engine start quickly and leave memory to the others, and the lines that say so."""
-    flags: list[tuple[str, ...]] = [("--block-size", str(CPU_BLOCK_SIZE)), ("--enforce-eager",)]
-    told = [f"--block-size {CPU_BLOCK_SIZE}", "--enforce-eager (a quick start; without it vLLM compiles the model)"]
-    if not environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        kv_bytes = _kv_cache_bytes(settings, machine, weights_bytes)
-        flags.append(("--kv-cache-memory-bytes", str(kv_bytes)))
-        told.append(f"--kv-cache-memory-bytes {kv_bytes} ({kv_bytes / 2**30:.1f} GiB per rank)")
-    return tuple(flags), (
-        f"CPU engines get {', '.join(told)}, unless you give these yourself, for example with --engine-arg",
-    )
+    kv_bytes = _kv_cache_bytes(settings, machine, weights_bytes)
+    chosen = {
+        ("--block-size", str(CPU_BLOCK_SIZE)): "short prompts fill blocks, too",
+        ("--enforce-eager",): "a quick start; without it vLLM compiles the model",
+        ("--kv-cache-memory-bytes", str(kv_bytes)): f"{kv_bytes / 2**30:.1f} GiB per rank",
+    }
+    if environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        del chosen["--kv-cache-memory-bytes", str(kv_bytes)]
+    told = [f"{' '.join(flag)} ({why})" for flag, why in chosen.items() if not _given(settings.engine_arg, flag[0])]
+    if not told:
+        return tuple(chosen), ()
+    return tuple(chosen), (f"chosen for CPU engines: {', '.join(told)}; give your own with --engine-arg",)
 
 
 def _kv_cache_bytes(settings: UpSettings, machine: Machine, weights_bytes: int) -> int:
@@ -203,13 +213,12 @@ def _kv_cache_bytes(settings: UpSettings, machine: Machine, weights_bytes: int) 
 
 def _unless_given(defaults: Sequence[tuple[str, ...]], settings: UpSettings, role: Role) -> tuple[str, ...]:
     given = _user_arguments(settings, role)
-    kept: list[str] = []
-    for flag in defaults:
-        alternatives = {"--enforce-eager": _EAGER_FLAGS, "--kv-cache-memory-bytes": ("--gpu-memory-utilization",)}
-        names = (flag[0], *alternatives.get(flag[0], ()))
-        if not any(has_flag(given, name) for name in names):
-            kept.extend(flag)
-    return tuple(kept)
+    return tuple(part for flag in defaults if not _given(given, flag[0]) for part in flag)
+
+
+def _given(arguments: tuple[str, ...], flag: str) -> bool:
+    """Whether the user has decided what this flag decides, with the flag itself or another."""
+    return any(has_flag(arguments, name) for name in (flag, *_SAME_DECISION.get(flag, ())))
 
 
 def _user_arguments(settings: UpSettings, role: Role) -> tuple[str, ...]:
