@@ -162,7 +162,7 @@ async def test_a_decode_that_fails_before_its_first_event_is_replaced_by_a_local
 )
 @pytest.mark.parametrize("stream", [False, True])
 async def test_the_only_decode_fails(fault: str, value: Any, status: int, stream: bool) -> None:
-    async with one_and_one(first_event_timeout_s=0.3) as (client, prefill, decode):
+    async with one_and_one(first_event_timeout_s=0.3, probe_interval_s=60.0) as (client, prefill, decode):
         setattr(decode.faults, fault, value)
         answer = await client.complete(stream=stream)
 

@@ -50,7 +50,14 @@ async def test_one_prompt_in_any_form_is_split(prompt: Any) -> None:
 
 
 async def test_what_each_engine_is_asked() -> None:
-    fields = {"temperature": 0.5, "seed": 3, "stop": ["x"], "min_tokens": 4, "cache_salt": "salt", "logprobs": 2}
+    fields: dict[str, Any] = {
+        "temperature": 0.5,
+        "seed": 3,
+        "stop": ["x"],
+        "min_tokens": 4,
+        "cache_salt": "salt",
+        "logprobs": 2,
+    }
     async with one_and_one() as (client, prefill, decode):
         answer = await client.complete(**fields, unknown="x", model="fake-model")
 
@@ -189,7 +196,8 @@ async def test_a_shape_that_cannot_be_split_runs_locally_and_is_counted(reason: 
         assert "kv_transfer_params" not in received
         assert received.items() >= {name: value for name, value in fields.items() if name != "return_prompt"}.items()
         api = "chat" if is_chat else "completions"
-        assert client.total("requests_total", api=api, route="local", reason=reason) == 1
+        labels = {"api": api, "route": "local", "reason": reason}
+        await until("it is counted", lambda: client.total("requests_total", **labels) == 1)
 
 
 async def test_a_certainly_short_prompt_runs_locally() -> None:

@@ -16,13 +16,8 @@ from vllm_disagg.proxy.replies import ApiError
 
 APIS: tuple[Api, ...] = get_args(Api)
 TRANSFER = TransferId("0" * 32)
-SPELLINGS = [
-    *RESERVED,
-    *(name.upper() for name in RESERVED),
-    "KV-transfer-params",
-    " kv_transfer_params ",
-    "Request_ID",
-]
+DISGUISES = ["KV-transfer-params", " kv_transfer_params ", "Request_ID"]
+SPELLINGS = [*sorted(RESERVED), *(name.upper() for name in sorted(RESERVED)), *DISGUISES]
 
 names = st.sampled_from([*sorted(FIELDS["chat"] | FIELDS["completions"]), *SPELLINGS, "extra_body", "unknown"])
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()

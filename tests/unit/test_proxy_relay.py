@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -45,7 +46,7 @@ async def everything(events: Events) -> list[bytes]:
 @given(cuts=st.lists(st.integers(0, len(WHOLE)), max_size=8))
 async def test_any_cut_gives_whole_events_without_what_is_hidden(cuts: list[int]) -> None:
     places = [0, *sorted(set(cuts) - {0, len(WHOLE)}), len(WHOLE)]
-    pieces = [WHOLE[a:b] for a, b in zip(places, places[1:], strict=False)]
+    pieces = [WHOLE[a:b] for a, b in pairwise(places)]
 
     blocks = await everything(events_of(*pieces))
 

@@ -46,13 +46,12 @@ def estimate_tokens(api: Api, body: Body) -> int:
 
 def certainly_shorter(api: Api, body: Body, num_tokens: int) -> bool:
     """Whether the prompt has fewer than `num_tokens` tokens: no tokenizer makes more tokens than bytes."""
-    ids, num_bytes = _measure(api, body)
-    return ids + num_bytes < num_tokens
+    return num_tokens > 0 and sum(_measure(api, body)) < num_tokens
 
 
 def is_token_ids(value: object) -> bool:
     """Whether this is a non-empty list of token ids."""
-    return isinstance(value, list) and bool(value) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and set(map(type, value)) == {int} and min(value) >= 0
 
 
 def _other_than(name: str, *harmless: object) -> Callable[[Body], bool]:

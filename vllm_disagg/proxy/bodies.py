@@ -137,7 +137,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} appears twice")
+        raise ValueError(f"the key {twice[:40]!r} appears twice")
     return result
 
 
@@ -158,7 +158,7 @@ def _check_reserved(body: Mapping[str, Any]) -> None:
             raise ApiError(400, f"the field {path}{name!r} is reserved for the server", param=name)
     for name, value in (body.get("vllm_xargs") or {}).items():
         if not all(isinstance(item, str | int | float) for item in (value if isinstance(value, list) else [value])):
-            message = f"vllm_xargs[{name!r}] must be a string, a number or a list of them"
+            message = f"vllm_xargs[{name[:40]!r}] must be a string, a number or a list of them"
             raise ApiError(400, message, param="vllm_xargs")
 
 

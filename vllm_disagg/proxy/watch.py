@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 import aiohttp
@@ -32,14 +33,12 @@ class Watcher:
         self._pool, self._http = pool, http
 
     async def watch(self, instance: Instance) -> None:
-        """Probe one instance until cancelled. Never raises: a probe that goes wrong is a finding."""
+        """Probe one instance until cancelled, after a first `look`. A probe that goes wrong is a finding, no error."""
         while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(instance.nudged.wait(), self._interval_s)
             instance.nudged.clear()
             await self.look(instance)
-            try:
-                await asyncio.wait_for(instance.nudged.wait(), self._interval_s)
-            except TimeoutError:
-                continue
 
     async def look(self, instance: Instance) -> None:
         """Probe one instance once and draw the conclusions."""
