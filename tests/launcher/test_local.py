@@ -161,7 +161,7 @@ def launch(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     root = Path(__file__).parents[2]
     return subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, str(tmp_path), *arguments],
-        cwd=root, env={**os.environ, "PYTHONPATH": str(root)},
+        cwd=root, env={**os.environ, "PYTHONPATH": str(root), "TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
 
