@@ -454,3 +454,19 @@ def test_both_ends_sleep_when_nothing_happens() -> None:
         eventually(lambda: time.monotonic() - begun_s > 1.0, "a second")
 
         assert time.process_time() - before_s < 0.1
+
+
+def test_a_read_that_ends_before_its_order_was_looked_at_is_not_lost() -> None:
+    """Orders come by mailbox and ends of reads by socket: however fast a read is, its order counts as given first."""
+    prefill, decode = Prefill(), Decode()
+    with engines(decode, prefill):
+        decode.pair_with(first := prefill.hold())
+        decode.control.forget(first.transfer_id)
+        for _ in range(300):
+            handoff = prefill.hold()
+            decode.control.announce(handoff)
+            decode.expect(handoff)
+            decode.read_ends(handoff.transfer_id)
+            eventually(
+                lambda handoff=handoff: decode.reports_of(handoff.transfer_id), "report of a read that ended at once"
+            )

@@ -9,7 +9,38 @@ from typing import Any
 from tests.e2e.client import Case
 from tests.e2e.engines import BLOCK_SIZE, MAX_MODEL_LEN
 
-_WORDS = ["river", "stone", "engine", "paper", "window", "garden", "music", "number", "silver", "morning", "question", "answer", "bridge", "forest", "village", "market", "doctor", "captain", "letter", "mountain", "winter", "summer", "yellow", "purple", "simple", "distant", "gentle", "broken", "hidden", "ancient"]
+_WORDS = [
+    "river",
+    "stone",
+    "engine",
+    "paper",
+    "window",
+    "garden",
+    "music",
+    "number",
+    "silver",
+    "morning",
+    "question",
+    "answer",
+    "bridge",
+    "forest",
+    "village",
+    "market",
+    "doctor",
+    "captain",
+    "letter",
+    "mountain",
+    "winter",
+    "summer",
+    "yellow",
+    "purple",
+    "simple",
+    "distant",
+    "gentle",
+    "broken",
+    "hidden",
+    "ancient",
+]
 
 SCHEMA: dict[str, Any] = {
     "type": "object",

@@ -64,7 +64,7 @@ async def test_every_block_boundary(deployment: Deployment) -> None:
 
 @pytest.mark.full
 async def test_many_lengths_chats_and_shapes(deployment: Deployment) -> None:
-    lengths = list(range(1, 200, 7)) + [MAX_MODEL_LEN - 1, MAX_MODEL_LEN - 2]
+    lengths = [*range(1, 200, 7), MAX_MODEL_LEN - 1, MAX_MODEL_LEN - 2]
 
     await judge(deployment, cases.length_cases(lengths, seed=9000) + cases.chat_cases(30, seed=9500))
     await judge(deployment, cases.shape_cases(seed=9900, repeat=3))

@@ -113,6 +113,7 @@ class DecodeControl:
         self._peers: dict[EngineId, Peer] = {}
         self._pulls: dict[TransferId, Pull] = {}
         self._renew_at_s: float | None = None
+        self._stopping = False
         self.num_bad_frames = 0
         self._context: zmq.Context[Any] = zmq.Context()
         self._links = [client_socket(self._context, zmq.DEALER, keys) for _ in worker_links]
@@ -177,11 +178,10 @@ class DecodeControl:
         self._poller.register(self._orders.fileno(), zmq.POLLIN)
         for link in self._links:
             self._poller.register(link, zmq.POLLIN)
-        while True:
+        while not self._stopping:
             try:
                 ready = dict(self._poller.poll(self._timeout_ms(time.monotonic())))
-                if not self._obey(self._orders.take_all()):
-                    break
+                self._obey_all()
                 self._hear_workers(ready)
                 self._hear_peers(ready)
                 self._keep_time(time.monotonic())
@@ -189,8 +189,8 @@ class DecodeControl:
                 logger.exception("control.failed")
         self._close()
 
-    def _obey(self, orders: Sequence[_Order]) -> bool:
-        for order in orders:
+    def _obey_all(self) -> None:
+        for order in self._orders.take_all():
             match order:
                 case _Announce():
                     self._announced(order, time.monotonic())
@@ -201,8 +201,7 @@ class DecodeControl:
                 case _Forget():
                     self._forgotten(order.transfer_id)
                 case _Stop():
-                    return False
-        return True
+                    self._stopping = True
 
     def _announced(self, order: _Announce, now_s: float) -> None:
         self._pulls[order.transfer_id] = Pull(transfer_id=order.transfer_id, engine_id=order.engine_id)
@@ -237,6 +236,8 @@ class DecodeControl:
             if link not in ready:
                 continue
             for frames in _frames(link):
+                # A fast read can end while we still listen here: its order was given before, so obey it first.
+                self._obey_all()
                 message = messages.decode_or_none(messages.from_worker, frames)
                 if message is not None:
                     self._worker_said(index, message)

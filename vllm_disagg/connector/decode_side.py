@@ -171,8 +171,13 @@ class DecodeSide:
 
     @property
     def num_outstanding(self) -> int:
-        """Blocks sets that will have to be given back."""
+        """Sets of blocks that will have to be given back."""
         return len(self._draining)
+
+    @property
+    def num_followed(self) -> int:
+        """Requests that came with a handoff and are not settled, and blocks that are not quiet."""
+        return len(self._by_request) + len(self._draining)
 
     def add_stats(self, stats: TransferStats) -> None:
         """What happened since the last call."""

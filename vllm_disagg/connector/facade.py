@@ -83,6 +83,7 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """vLLM calls this once, when the KV cache exists."""
         assert self._worker is not None
+        support.prepare_cpu()
         pp_rank, tp_rank = support.worker_rank()
         self._worker.register(kv_caches, rank=f"pp{pp_rank}tp{tp_rank}", isa=support.instruction_set(self._vllm_config))
 
@@ -249,6 +250,12 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
         if side is None:
             return False
         return side.has_work or (self._wake is None and side.num_outstanding > 0)
+
+    @property
+    def num_outstanding(self) -> int:
+        """Transfers this engine still follows or holds blocks for; 0 at rest."""
+        side = self._prefill or self._decode
+        return 0 if side is None else side.num_followed
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         """The scheduler half tells all; workers tell nothing."""

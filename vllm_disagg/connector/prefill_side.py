@@ -108,6 +108,11 @@ class PrefillSide:
         """Holds that will have to be given back."""
         return len(self._holds)
 
+    @property
+    def num_followed(self) -> int:
+        """Holds, and prompts that may become one."""
+        return len(self._holds) + len(self._timing)
+
     def add_stats(self, stats: TransferStats) -> None:
         """What happened since the last call."""
         for event, count in self._holds.take_events().items():

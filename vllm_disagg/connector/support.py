@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+logger = logging.getLogger(__name__)
+
 OVERDUE_GRACE_S = CANCEL_BOUND_S + 3.0
 """Beyond twice the pull timeout, how long a parked request may stay unsettled before the scheduler half fails it."""
 
@@ -52,6 +54,20 @@ def steps_are_synchronous() -> bool:
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())
+
+
+def prepare_cpu() -> None:
+    """Ask the kernel for AMX before the first forward pass, where the CPU has it.
+
+    vLLM's attention kernel uses AMX with bfloat16 but leaves asking to the libraries that a prompt runs through. The
+    first forward pass of a decode instance may be a single token, whose prompt came from elsewhere, and would end the
+    worker with an illegal instruction.
+    """
+    import torch
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported() and not torch.cpu._init_amx():
+        logger.warning("cpu.no_amx: the kernel refused AMX; bfloat16 may not run here, float32 does")
 
 
 def worker_rank() -> tuple[int, int]:

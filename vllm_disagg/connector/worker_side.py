@@ -11,7 +11,7 @@ from vllm_disagg.connector.secure import curve_keys
 from vllm_disagg.connector.worker_thread import WorkerThread
 from vllm_disagg.core.types import EngineId
 from vllm_disagg.transport import open_transport
-from vllm_disagg.transport.base import Region, Transport
+from vllm_disagg.transport.base import MemoryKind, Region, Transport
 from vllm_disagg.transport.layout import RankLayout, Segment
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class WorkerSide:
             ),
             device_id=device.index or 0,
         )
-        memory = "DRAM" if device.type == "cpu" else "VRAM"
+        memory: MemoryKind = "DRAM" if device.type == "cpu" else "VRAM"
         regions = _regions(layout)
 
         def opened() -> tuple[Transport, bytes]:
