@@ -1,0 +1,192 @@
+"""Small parts that touch torch and vLLM: cutting tensors into blocks, statistics, the frontend, the wake-up."""
+
+from __future__ import annotations
+
+import json
+import queue
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from vllm_disagg.config import EngineSettings
+from vllm_disagg.connector import stats
+from vllm_disagg.connector.worker_side import segments_of
+from vllm_disagg.core.types import new_transfer_id
+from vllm_disagg.frontend import RELEASE_PATH, STATUS_PATH, DisaggFrontend
+from vllm_disagg.scheduler import wakeup
+
+pytestmark = pytest.mark.vllm
+
+
+def test_a_cpu_cache_is_one_array_of_blocks() -> None:
+    cache = torch.zeros(10, 3, 32, 128)
+
+    (segment,) = segments_of("l", cache, 10)
+
+    assert (segment.address, segment.block_stride, segment.block_bytes) == (cache.data_ptr(), 3 * 32 * 128 * 4, 49152)
+
+
+def test_keys_and_values_that_lie_apart_are_two_arrays() -> None:
+    cache = torch.zeros(2, 10, 16, 4, 8, dtype=torch.float16)
+
+    first, second = segments_of("l", cache, 10)
+
+    assert second.address - first.address == 10 * 16 * 4 * 8 * 2
+    assert first.block_bytes == first.block_stride == 16 * 4 * 8 * 2
+    assert (first.name, second.name) == ("l#0", "l#1")
+
+
+def test_a_permuted_view_is_cut_by_its_strides() -> None:
+    stored = torch.zeros(10, 2, 4, 16, 8)
+
+    (segment,) = segments_of("l", stored.permute(1, 0, 3, 2, 4), 10)
+
+    assert segment.block_bytes == 2 * 4 * 16 * 8 * 4
+
+
+def test_blocks_inside_a_larger_page_keep_their_stride() -> None:
+    page = torch.zeros(10, 1000)
+
+    (segment,) = segments_of("l", page[:, 100:356].view(10, 4, 64), 10)
+
+    assert (segment.block_stride, segment.block_bytes) == (4000, 1024)
+
+
+@pytest.mark.parametrize("cache", [torch.zeros(9, 4), torch.zeros(10, 4, 8)[:, :, ::2]])
+def test_a_cache_without_dense_blocks_is_refused(cache: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="of l"):
+        segments_of("l", cache, 10)
+
+
+def make_metrics() -> tuple[stats.TransferPromMetrics, CollectorRegistry]:
+    registry = CollectorRegistry()
+
+    def into(kind: type) -> Any:
+        return lambda **values: kind(registry=registry, **values)
+
+    config = SimpleNamespace(kv_transfer_config=None)
+    types = {Gauge: into(Gauge), Counter: into(Counter), Histogram: into(Histogram)}
+    return stats.TransferPromMetrics(config, types, ["engine"], {0: ["0"]}), registry
+
+
+def test_observations_reach_prometheus_with_their_labels() -> None:
+    metrics, registry = make_metrics()
+    told = stats.TransferStats()
+    told.observe("vllm_disagg_kv_transfer_seconds", 0.02)
+    told.count("vllm_disagg_kv_tokens_received_total", 70)
+    told.count("vllm_disagg_kv_failures_total", label="pull_timeout")
+    told.gauge("vllm_disagg_kv_held_blocks", 4)
+
+    metrics.observe(json.loads(json.dumps(told.to_dict())))
+    metrics.observe(told.to_dict())
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(name, {"engine": "0", **labels})
+
+    assert value("vllm_disagg_kv_transfer_seconds_count") == 2
+    assert value("vllm_disagg_kv_tokens_received_total") == 140
+    assert value("vllm_disagg_kv_failures_total", cause="pull_timeout") == 2
+    assert value("vllm_disagg_kv_held_blocks") == 4
+
+
+def test_intervals_add_up() -> None:
+    first, second = stats.TransferStats(), stats.TransferStats()
+    for told, held in ((first, 4), (second, 1)):
+        told.observe("vllm_disagg_kv_transfer_seconds", 0.5)
+        told.count("vllm_disagg_kv_holds_total", 2, label="granted")
+        told.gauge("vllm_disagg_kv_held_blocks", held)
+
+    first.aggregate(second)
+
+    assert first.data["vllm_disagg_kv_transfer_seconds"] == [0.5, 0.5]
+    assert first.data["vllm_disagg_kv_holds_total{granted}"] == 4
+    assert first.data["vllm_disagg_kv_held_blocks"] == 1
+    assert first.reduce()["transfers"] == 2
+
+
+def frontend(role: str) -> tuple[DisaggFrontend, dict[str, Any]]:
+    settings = EngineSettings(role=role, key_file=None)  # type: ignore[arg-type]
+    transfer = SimpleNamespace(kv_connector_extra_config=settings.to_extra_config())
+    app = SimpleNamespace(state=SimpleNamespace(vllm_config=SimpleNamespace(kv_transfer_config=transfer)))
+
+    async def rest(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "vllm"})
+
+    return DisaggFrontend(rest), {"type": "http", "app": app}
+
+
+async def call(role: str, method: str, path: str, body: bytes = b"") -> list[dict[str, Any]]:
+    middleware, scope = frontend(role)
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await middleware({**scope, "method": method, "path": path}, receive, send)
+    return sent
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", STATUS_PATH), ("GET", RELEASE_PATH), ("GET", "/v1/models")])
+async def test_other_routes_are_vllms(method: str, path: str) -> None:
+    assert await call("prefill", method, path) == [{"type": "vllm"}]
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'{"transfer_id": 7}', b'{"transfer_id": "../x"}', b'{"transfer_id": "a"}' + b" " * 5000]
+)
+async def test_a_malformed_release_is_a_bad_request(body: bytes) -> None:
+    start, answer = await call("prefill", "POST", RELEASE_PATH, body)
+
+    assert start["status"] == 400
+    assert b"transfer_id" in answer["body"]
+
+
+async def test_a_decode_instance_has_nothing_to_release() -> None:
+    body = json.dumps({"transfer_id": new_transfer_id()}).encode()
+
+    start, answer = await call("decode", "POST", RELEASE_PATH, body)
+
+    assert (start["status"], json.loads(answer["body"])) == (200, {"released": False})
+
+
+def test_the_engine_learns_once_how_to_be_woken(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine import EngineCoreRequestType
+    from vllm.v1.engine.core import EngineCoreProc
+
+    from vllm_disagg.connector import DisaggConnector
+
+    read = []
+    monkeypatch.setattr(EngineCoreProc, "_process_input_queue", lambda self: read.append(self))
+    wakeup.install()
+    wakeup.install()
+    told: list[Any] = []
+    monkeypatch.setattr(DisaggConnector, "on_wake", lambda self, wake: told.append(wake))
+    connector = DisaggConnector.__new__(DisaggConnector)
+    engine = SimpleNamespace(scheduler=SimpleNamespace(connector=connector), input_queue=queue.Queue())
+
+    EngineCoreProc._process_input_queue(engine)
+    EngineCoreProc._process_input_queue(engine)
+    (wake,) = told
+    wake()
+
+    assert read == [engine, engine]
+    assert engine.input_queue.get_nowait() == (EngineCoreRequestType.WAKEUP, None)
+
+
+def test_an_engine_with_another_connector_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine.core import EngineCoreProc
+
+    monkeypatch.setattr(EngineCoreProc, "_process_input_queue", lambda self: "read")
+    wakeup.install()
+    engine = SimpleNamespace(scheduler=SimpleNamespace(connector=None))
+
+    assert EngineCoreProc._process_input_queue(engine) == "read"
