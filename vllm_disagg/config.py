@@ -16,6 +16,8 @@ from vllm_disagg.errors import ConfigError
 Role = Literal["prefill", "decode"]
 TransportName = Literal["nixl", "loopback"]
 
+_WILDCARDS = ("", "*", "0.0.0.0")  # noqa: S104 - refused
+
 ROLES: tuple[str, ...] = get_args(Role)
 
 KEY_ENV = "VLLM_DISAGG_KEY"
@@ -60,11 +62,11 @@ class EngineSettings:
         _positive("kv lease", self.lease_s)
         _positive("kv pull timeout", self.pull_timeout_s)
         _port("kv control port", self.control_port)
-
-    @property
-    def renew_interval_s(self) -> float:
-        """How often decode renews the leases it waits for."""
-        return self.lease_s / 6
+        if self.control_host in _WILDCARDS or ":" in self.control_host:
+            raise ConfigError(
+                f"kv control host must be one IPv4 address or interface that decode instances can reach, "
+                f"not {self.control_host!r}"
+            )
 
     @property
     def hold_cap_s(self) -> float:
@@ -154,7 +156,10 @@ def _from_mapping(cls: Any, values: Mapping[str, Any], source: str) -> Any:
         allowed = {float: float, int: int, str: str}.get(hints[name])
         if allowed is not None and (not isinstance(value, allowed) or isinstance(value, bool)):
             raise ConfigError(f"{source}: {name} must be of type {allowed.__name__}, not {value!r}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except TypeError as error:  # a setting without a default is missing
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def _one_of(what: str, value: str, accepted: tuple[str, ...]) -> None:

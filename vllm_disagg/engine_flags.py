@@ -14,6 +14,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from vllm_disagg.config import ROLES, EngineSettings, default_of, help_of
+from vllm_disagg.connector.support import UNSUPPORTED_EXECUTORS
 from vllm_disagg.core.keys import load_key
 from vllm_disagg.errors import ConfigError
 
@@ -43,8 +44,6 @@ _CONFLICTS: dict[str, str] = {
 
 _TRANSPORTS = ("nixl",)
 """`loopback` stays inside one process: for tests."""
-
-_UNSUPPORTED_EXECUTORS = ("ray", "external_launcher")
 
 
 def add_flags(parser: ArgumentParser) -> ArgumentParser:
@@ -108,7 +107,7 @@ def _refuse_conflicts(namespace: Namespace) -> None:
     if getattr(namespace, "data_parallel_size", 1) not in (None, 1):
         raise ConfigError("--kv-role does not support --data-parallel-size above 1: start one instance per replica")
     executor = getattr(namespace, "distributed_executor_backend", None)
-    if executor in _UNSUPPORTED_EXECUTORS:
+    if executor in UNSUPPORTED_EXECUTORS:
         raise ConfigError(
             f"--kv-role does not support --distributed-executor-backend {executor}: use mp, with all ranks on one host"
         )

@@ -31,7 +31,7 @@ from vllm_disagg.connector.messages import (
 from vllm_disagg.connector.pull import Drained, Settled
 from vllm_disagg.connector.secure import CurveKeys, client_socket, curve_keys, server_socket, start_authenticator
 from vllm_disagg.core.handoff import HANDOFF_VERSION, Handoff
-from vllm_disagg.core.types import EngineId, TransferId, new_transfer_id
+from vllm_disagg.core.types import EngineId, TransferId, new_nonce, new_transfer_id
 from vllm_disagg.errors import ConfigError
 from vllm_disagg.transport.layout import RankLayout
 
@@ -93,6 +93,7 @@ class Prefill:
         self.engine_id = EngineId(os.urandom(4).hex())
         self.address = f"tcp://127.0.0.1:{free_port()}"
         self.workers = [Worker() for _ in range(ranks)]
+        self.lease_s = lease_s
         self.holds = Holds(lease_s=lease_s, cap_s=lease_s * 10, on_freed=lambda: None)
         self.control = PrefillControl(
             engine_id=self.engine_id,
@@ -117,9 +118,10 @@ class Prefill:
             block_ids=BLOCKS,
             num_tokens=40,
             prompt_digest=b"",
-            lease_s=30.0,
+            lease_s=self.lease_s,
+            nonce=new_nonce(),
         )
-        assert self.holds.grant(handoff.transfer_id, BLOCKS)
+        assert self.holds.grant(handoff.transfer_id, handoff.nonce, BLOCKS)
         self.control.granted()
         return handoff
 
@@ -132,7 +134,7 @@ class Prefill:
 class Decode:
     """A decode engine's scheduler half, without the engine."""
 
-    def __init__(self, *, pull_timeout_s: float = 10.0, renew_interval_s: float = 5.0, ranks: int = 1) -> None:
+    def __init__(self, *, pull_timeout_s: float = 10.0, ranks: int = 1) -> None:
         self.workers = [Worker() for _ in range(ranks)]
         self.reports: list[Any] = []
         self.control = DecodeControl(
@@ -140,7 +142,6 @@ class Decode:
             fingerprint=FINGERPRINT,
             worker_ranks=[(0, rank) for rank in range(ranks)],
             worker_links=[worker.endpoint for worker in self.workers],
-            renew_interval_s=renew_interval_s,
             pull_timeout_s=pull_timeout_s,
             on_report=lambda: None,
         )
@@ -238,7 +239,7 @@ def test_data_of_an_expired_lease_is_dropped() -> None:
 
 
 def test_renewals_keep_a_lease_alive_while_decode_waits() -> None:
-    prefill, decode = Prefill(lease_s=0.4), Decode(renew_interval_s=0.05)
+    prefill, decode = Prefill(lease_s=0.4), Decode()
     with engines(decode, prefill):
         handoff = prefill.hold()
         decode.pair_with(handoff)
@@ -395,7 +396,7 @@ def test_a_peer_without_the_deployment_key_gets_no_answer() -> None:
         context: zmq.Context[Any] = zmq.Context()
         link = client_socket(context, zmq.DEALER, STRANGER)
         link.connect(prefill.address)
-        link.send(messages.encode(messages.Status()))
+        link.send(messages.encode(messages.Forbid(transfer_id=new_transfer_id())))
         assert link.poll(300) == 0
         context.destroy(linger=0)
     finally:
@@ -413,7 +414,8 @@ def test_malformed_frames_are_counted_and_the_next_request_is_answered() -> None
         for frame in [*bad, *(os.urandom(size) for size in range(1, 300))]:
             link.send(frame)
         link.send_multipart([b"two", b"frames"])
-        link.send(messages.encode(Release(engine_id=prefill.engine_id, transfer_id=handoff.transfer_id)))
+        release = Release(engine_id=prefill.engine_id, transfer_id=handoff.transfer_id, nonce=handoff.nonce)
+        link.send(messages.encode(release))
 
         assert link.poll(2000)
         answer = messages.decode_or_none(messages.from_prefill, link.recv_multipart())
@@ -470,3 +472,73 @@ def test_a_read_that_ends_before_its_order_was_looked_at_is_not_lost() -> None:
             eventually(
                 lambda handoff=handoff: decode.reports_of(handoff.transfer_id), "report of a read that ended at once"
             )
+
+
+def processor_seconds_of_half_a_second() -> float:
+    begun_s, before_s = time.monotonic(), time.process_time()
+    eventually(lambda: time.monotonic() - begun_s > 0.5, "half a second")
+    return time.process_time() - before_s
+
+
+def test_waiting_for_a_prefill_that_is_gone_costs_no_processor_time() -> None:
+    prefill, decode = Prefill(), Decode()
+    with engines(decode):
+        waiting = prefill.hold()
+        decode.pair_with(waiting)
+        prefill.close()
+        eventually(lambda: decode.control.peer_phase(waiting.engine_id) == "failed", "the loss")
+        eventually(lambda: time.monotonic() > decode.control._peers[waiting.engine_id].retry_at_s, "the back-off")
+
+        assert processor_seconds_of_half_a_second() < 0.1
+
+
+def test_a_prefill_that_says_nothing_is_given_up_as_a_whole_and_tried_again_later() -> None:
+    """A frozen prefill: its control thread answers nothing, its sockets stay open."""
+    prefill, decode = Prefill(), Decode(pull_timeout_s=0.2)
+    with engines(decode, prefill):
+        first, second = prefill.hold(), prefill.hold()
+        decode.pair_with(first)
+        decode.control.announce(second)
+        prefill.control.stop()  # answers nothing from here on; a listener keeps the port, as the kernel would
+        handoffs = [first, second]
+        eventually(lambda: decode.control.peer_phase(first.engine_id) == "failed", "the loss")
+        for handoff in handoffs:
+            decode.expect(handoff)
+            report: Settled = eventually(lambda handoff=handoff: decode.reports_of(handoff.transfer_id))[0]
+            assert report.result == "failed"
+
+
+def test_one_order_that_fails_does_not_take_the_next_ones_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefill, decode = Prefill(), Decode()
+    with engines(decode, prefill):
+        handoff, other = prefill.hold(), prefill.hold()
+        decode.pair_with(handoff)
+        decode.control.announce(other)
+
+        def broken(transfer_id: TransferId) -> None:
+            raise RuntimeError("broken on purpose")
+
+        monkeypatch.setattr(decode.control, "_forgotten", broken)
+        decode.control.forget(other.transfer_id)
+        decode.expect(handoff)
+        decode.read_ends(handoff.transfer_id)
+
+        assert decode.report(Settled).result == "received"
+        monkeypatch.undo()
+
+
+def test_the_first_renewal_comes_at_once() -> None:
+    """A request may have spent most of its lease on its way to decode."""
+    prefill, decode = Prefill(lease_s=0.6), Decode()
+    with engines(decode, prefill):
+        decode.pair_with(paired := prefill.hold())
+        handoff = prefill.hold()
+        begun_s = time.monotonic()
+        eventually(lambda: time.monotonic() - begun_s > 0.45, "most of the lease")
+
+        decode.control.announce(handoff)
+        eventually(lambda: time.monotonic() - begun_s > 0.9, "more than the lease")
+
+        assert handoff.transfer_id in prefill.holds._table
+        for item in (paired, handoff):
+            decode.control.forget(item.transfer_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import asyncio
 
 import psutil
 import pytest
@@ -33,9 +33,9 @@ async def test_thirty_idle_seconds(deployment: Deployment) -> None:
     warm = [Case(name="warm", body={"prompt": "Before the rest.", "max_tokens": 2})]
     await compare(deployment.proxy.url, deployment.undivided.url, warm)
     servers = {"prefill": deployment.prefill, "decode": deployment.decode, "undivided": deployment.undivided}
-    time.sleep(6)  # the handshake's grace of 5 s ends: this test measures rest, so it rests
+    await asyncio.sleep(6)  # the handshake's grace of 5 s ends: this test measures rest, so it rests
     before = {name: cpu_seconds(server) for name, server in servers.items()}
-    time.sleep(IDLE_S)
+    await asyncio.sleep(IDLE_S)
     shares: dict[str, dict[str, float]] = {}
     for name, server in servers.items():
         after = cpu_seconds(server)

@@ -28,6 +28,9 @@ def test_settings_survive_their_way_through_vllms_config() -> None:
         ({"control_port": "80"}, "of type int"),
         ({"lease_s": True}, "of type float"),
         ({"leese_s": 3.0}, "unknown setting 'leese_s'"),
+        ({"control_host": "0.0.0.0"}, "one IPv4 address"),
+        ({"control_host": ""}, "one IPv4 address"),
+        ({"control_host": "::1"}, "one IPv4 address"),
     ],
 )
 def test_a_bad_value_is_named(changes: dict[str, Any], message: str) -> None:
@@ -35,10 +38,15 @@ def test_a_bad_value_is_named(changes: dict[str, Any], message: str) -> None:
         EngineSettings.from_extra_config({"role": "prefill", **changes})
 
 
-def test_one_lease_knob_derives_the_others() -> None:
+def test_the_lease_derives_its_cap() -> None:
     settings = EngineSettings(role="prefill", lease_s=12.0)
 
-    assert (settings.renew_interval_s, settings.hold_cap_s) == (2.0, 120.0)
+    assert settings.hold_cap_s == 120.0
+
+
+def test_a_missing_role_is_named() -> None:
+    with pytest.raises(ConfigError, match="'role'"):
+        EngineSettings.from_extra_config({})
 
 
 @pytest.mark.parametrize("settings", [EngineSettings, ProxySettings])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_disagg.core.handoff import HANDOFF_VERSION, Handoff, check_fits, prompt_digest, seal, unseal
-from vllm_disagg.core.types import EngineId, new_transfer_id
+from vllm_disagg.core.types import EngineId, new_nonce, new_transfer_id
 from vllm_disagg.errors import InvalidHandoff
 
 KEY, OTHER_KEY = b"k" * 32, b"o" * 32
@@ -27,6 +27,7 @@ def make_handoff(**changes: Any) -> Handoff:
         "num_tokens": len(PROMPT),
         "prompt_digest": prompt_digest(PROMPT, salt="s"),
         "lease_s": 30.0,
+        "nonce": new_nonce(),
     }
     return Handoff(**{**values, **changes})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,11 +11,12 @@ from vllm_disagg.core.lease import Lease, LeaseTable
 from vllm_disagg.core.types import TransferId
 
 A, B = TransferId("a"), TransferId("b")
+NONCE = "once"
 BLOCKS = ((3, 4, 5),)
 
 
 def make_lease(*, expires_s: float, cap_s: float = 300.0) -> Lease:
-    return Lease(transfer_id=A, block_ids=BLOCKS, granted_s=0.0, expires_s=expires_s, cap_s=cap_s)
+    return Lease(transfer_id=A, nonce=NONCE, block_ids=BLOCKS, granted_s=0.0, expires_s=expires_s, cap_s=cap_s)
 
 
 def make_table() -> LeaseTable:
@@ -49,24 +51,24 @@ def test_no_renewal_passes_the_cap() -> None:
 
 def test_a_released_hold_was_held_until_then() -> None:
     table = make_table()
-    table.grant(A, BLOCKS, now_s=0.0)
+    table.grant(A, NONCE, BLOCKS, now_s=0.0)
 
-    assert table.release(A, now_s=1.0) is not None
-    assert table.release(A, now_s=1.0) is None
+    assert table.release(A, NONCE) is not None
+    assert table.release(A, NONCE) is None
 
 
 def test_an_expired_hold_cannot_be_released_or_renewed() -> None:
     table = make_table()
-    table.grant(A, BLOCKS, now_s=0.0)
+    table.grant(A, NONCE, BLOCKS, now_s=0.0)
 
     assert [lease.transfer_id for lease in table.expire(now_s=30.0)] == [A]
-    assert table.release(A, now_s=30.0) is None
+    assert table.release(A, NONCE) is None
     assert not table.renew(A, now_s=30.0)
 
 
 def test_a_hold_whose_time_is_over_is_not_renewed_before_it_is_collected() -> None:
     table = make_table()
-    table.grant(A, BLOCKS, now_s=0.0)
+    table.grant(A, NONCE, BLOCKS, now_s=0.0)
 
     assert not table.renew(A, now_s=31.0)
     assert len(table.expire(now_s=31.0)) == 1
@@ -75,15 +77,46 @@ def test_a_hold_whose_time_is_over_is_not_renewed_before_it_is_collected() -> No
 def test_a_transfer_is_granted_once() -> None:
     table = make_table()
 
-    assert table.grant(A, BLOCKS, now_s=0.0) is not None
-    assert table.grant(A, BLOCKS, now_s=1.0) is None
+    assert table.grant(A, NONCE, BLOCKS, now_s=0.0) is not None
+    assert table.grant(A, NONCE, BLOCKS, now_s=1.0) is None
+
+
+def test_an_earlier_handoff_cannot_release_a_later_hold_of_the_same_transfer() -> None:
+    table = make_table()
+    table.grant(A, "first", BLOCKS, now_s=0.0)
+    table.release(A, "first")
+    table.grant(A, "second", ((8,),), now_s=1.0)
+
+    assert table.release(A, "first") is None
+    assert table.release(A, "second") is not None
+
+
+def test_refusals_are_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_disagg.core.lease._MAX_FORBIDDEN", 2)
+    table = make_table()
+    for name in "abc":
+        table.forbid(TransferId(name), now_s=0.0)
+
+    assert table.grant(A, NONCE, BLOCKS, now_s=1.0) is not None
+    assert table.grant(B, NONCE, BLOCKS, now_s=1.0) is None
+
+
+def test_a_reset_cache_ends_every_hold() -> None:
+    holds, wakes = make_holds(Clock())
+    holds.grant(A, NONCE, BLOCKS)
+
+    holds.reset()
+
+    assert not holds.release(A, NONCE)
+    assert holds.take_freed() == [BLOCKS]
+    assert len(wakes) == 1
 
 
 def test_a_client_that_left_during_its_prefill_leaves_no_hold() -> None:
     table = make_table()
 
     assert table.forbid(A, now_s=0.0) is None
-    assert table.grant(A, BLOCKS, now_s=5.0) is None
+    assert table.grant(A, NONCE, BLOCKS, now_s=5.0) is None
     assert len(table) == 0
 
 
@@ -98,8 +131,8 @@ def test_refusals_are_forgotten_after_the_cap() -> None:
 
 def test_usage_counts_what_is_held() -> None:
     table = make_table()
-    table.grant(A, BLOCKS, now_s=0.0)
-    table.grant(B, ((7,),), now_s=4.0)
+    table.grant(A, NONCE, BLOCKS, now_s=0.0)
+    table.grant(B, NONCE, ((7,),), now_s=4.0)
 
     assert (len(table), table.num_blocks, table.oldest_age_s(10.0)) == (2, 4, 10.0)
 
@@ -107,11 +140,11 @@ def test_usage_counts_what_is_held() -> None:
 def test_blocks_of_a_hold_are_given_back_exactly_once_whatever_ends_it() -> None:
     clock = Clock()
     holds, wakes = make_holds(clock)
-    holds.grant(A, BLOCKS)
-    holds.grant(B, ((7,),))
+    holds.grant(A, NONCE, BLOCKS)
+    holds.grant(B, NONCE, ((7,),))
 
-    assert holds.release(A)
-    assert not holds.release(A)
+    assert holds.release(A, NONCE)
+    assert not holds.release(A, NONCE)
     assert holds.forbid(B)
     assert not holds.forbid(B)
 
@@ -124,7 +157,7 @@ def test_blocks_of_a_hold_are_given_back_exactly_once_whatever_ends_it() -> None
 def test_expiry_frees_and_wakes() -> None:
     clock = Clock()
     holds, wakes = make_holds(clock)
-    holds.grant(A, BLOCKS)
+    holds.grant(A, NONCE, BLOCKS)
     assert holds.seconds_to_expiry() == 30.0
 
     clock.now_s = 30.0
@@ -146,11 +179,11 @@ def test_every_granted_hold_is_freed_at_most_once_and_lives_no_longer_than_the_c
         clock.now_s += wait_s
         transfer_id = TransferId(str(who))
         if event == "g":
-            granted += holds.grant(transfer_id, ((index,),))
+            granted += holds.grant(transfer_id, NONCE, ((index,),))
         elif event == "n":
             holds.renew([transfer_id])
         elif event == "r":
-            holds.release(transfer_id)
+            holds.release(transfer_id, NONCE)
         elif event == "f":
             holds.forbid(transfer_id)
         else:

@@ -81,6 +81,19 @@ def _kv_cache_config() -> KVCacheConfig:
     )
 
 
+def build_scheduler(role: Role, config: VllmConfig) -> Any:
+    """The role's scheduler, as EngineCore builds it."""
+    build = factories.prefill_scheduler if role == "prefill" else factories.decode_scheduler
+    return build(
+        vllm_config=config,
+        kv_cache_config=_kv_cache_config(),
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=BLOCK_SIZE,
+        hash_block_size=BLOCK_SIZE,
+        log_stats=True,
+    )
+
+
 def pattern(token_ids: list[int], layer: int, block: int) -> float:
     """What a forward pass leaves in one block of a prompt: different for every prefix and layer."""
     return float(hash((tuple(token_ids[: (block + 1) * BLOCK_SIZE]), layer, block)) % 1_000_003)
@@ -105,17 +118,8 @@ class Engine:
         config = vllm_config(role, key_file, control_port, lease_s, pull_timeout_s)
         config.kv_transfer_config.engine_id = f"{role}-{next(_numbers)}"
         caches = {name: torch.zeros(SHAPE) for name in LAYERS}
-        kv_cache_config = _kv_cache_config()
-        build = factories.prefill_scheduler if role == "prefill" else factories.decode_scheduler
-        scheduler = build(
-            vllm_config=config,
-            kv_cache_config=kv_cache_config,
-            structured_output_manager=StructuredOutputManager(config),
-            block_size=BLOCK_SIZE,
-            hash_block_size=BLOCK_SIZE,
-            log_stats=True,
-        )
-        worker = DisaggConnector(config, KVConnectorRole.WORKER, kv_cache_config)
+        scheduler = build_scheduler(role, config)
+        worker = DisaggConnector(config, KVConnectorRole.WORKER, _kv_cache_config())
         worker.register_kv_caches(caches)
         scheduler.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): worker.get_handshake_metadata()})
         return cls(role, config, caches, scheduler, worker)

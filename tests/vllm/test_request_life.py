@@ -14,10 +14,13 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from tests.vllm import in_process
 from tests.vllm.in_process import BLOCK_SIZE, Engine
-from vllm_disagg.connector import support
+from vllm_disagg.connector import decode_side, support
+from vllm_disagg.connector.pull import Drained, Settled
 from vllm_disagg.core.keys import create_key_file
 from vllm_disagg.core.types import new_transfer_id
+from vllm_disagg.errors import ConfigError
 from vllm_disagg.testing.leaks import assert_no_leaks
 
 pytestmark = pytest.mark.vllm
@@ -215,7 +218,7 @@ def test_parameters_that_are_no_mapping_do_not_end_the_engine(pair: Pair, role: 
     engine.run_until_finished(engine.add(prompt(10), params, max_tokens=1))
 
 
-def test_a_replayed_handoff_is_recomputed(pair: Pair) -> None:
+def test_a_handoff_works_once(pair: Pair) -> None:
     params = pair.prefilled(prompt(70, seed=1))
     pair.decode.run_until_finished(pair.decode.add(prompt(70, seed=1), params, max_tokens=1))
     pair.decode.scheduler.reset_prefix_cache()
@@ -228,7 +231,7 @@ def test_a_replayed_handoff_is_recomputed(pair: Pair) -> None:
 
     assert pair.decode.prompt_blocks_are_right(request_id)
     pair.decode.run_until_finished(request_id)
-    assert pair.failures() == {"lease_expired": 1}
+    assert pair.failures() == {"invalid_handoff": 1}
 
 
 def test_one_handoff_for_two_requests_serves_one_and_recomputes_the_other(pair: Pair) -> None:
@@ -239,6 +242,71 @@ def test_one_handoff_for_two_requests_serves_one_and_recomputes_the_other(pair: 
         pair.decode.run_until_finished(request_id)
 
     assert pair.failures() == {"invalid_handoff": 1}
+
+
+def test_a_handoff_used_on_another_decode_engine_is_recomputed_there(pair: Pair, tmp_path: Path) -> None:
+    params = pair.prefilled(prompt(70, seed=1))
+    other = Engine.start("decode", tmp_path / "key", control_port=free_port())
+    other.run_until_finished(other.add(prompt(70, seed=1), params, max_tokens=1))
+    for seed in range(30, 50):
+        pair.prefill.run_until_finished(pair.prefill.add(prompt(300, seed=seed), None))
+
+    request_id = pair.decode.add(prompt(70, seed=1), params, max_tokens=4)
+    pair.decode.run_until(lambda: pair.decode.status(request_id) == "RUNNING", "admission")
+
+    assert pair.decode.prompt_blocks_are_right(request_id)
+    pair.decode.run_until_finished(request_id)
+    assert pair.failures() == {"lease_expired": 1}
+    assert_no_leaks(other.scheduler)
+    other.stop()
+
+
+def test_a_control_thread_that_never_answers_does_not_hold_a_request_for_ever(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = pair.prefilled(prompt(70))
+    control = pair.decode.scheduler.connector._decode._control
+    monkeypatch.setattr(control, "announce", lambda handoff: None)
+    monkeypatch.setattr(decode_side, "PAIRING_LIMIT_S", 0.05)
+
+    request_id = pair.decode.add(prompt(70), params, max_tokens=2)
+
+    pair.decode.run_until_finished(request_id)
+    assert pair.failures() == {"handshake_timeout": 1}
+    pair.prefill.scheduler.connector._prefill.reset()
+
+
+@pytest.mark.parametrize("draining_at_last", [True, False])
+def test_a_settlement_that_comes_after_the_last_resort_gives_the_blocks_back(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, draining_at_last: bool
+) -> None:
+    params = pair.prefilled(prompt(70))
+    side = pair.decode.scheduler.connector._decode
+    reports: list[Any] = []
+    monkeypatch.setattr(side._control, "take_reports", lambda: [reports.pop(0)] if reports else [])
+    monkeypatch.setattr(side, "_overdue_s", 0.1)
+    request_id = pair.decode.add(prompt(70), params, max_tokens=2)
+    pair.decode.run_until_finished(request_id)
+    assert pair.failures() == {"overdue": 1}
+    assert side.num_outstanding == 1
+
+    reports.append(Settled(transfer_id=params["transfer_id"], result="received", draining=draining_at_last))
+    if draining_at_last:
+        reports.append(Drained(params["transfer_id"]))
+    pair.decode.step()
+    pair.decode.step()
+    assert side.num_outstanding == 0
+    monkeypatch.undo()
+
+
+def test_a_policy_that_would_take_a_failed_transfer_for_a_good_one_is_refused(tmp_path: Path) -> None:
+    key_file = tmp_path / "key"
+    create_key_file(key_file)
+    config = in_process.vllm_config("decode", key_file, free_port(), 30.0, 10.0)
+    config.kv_transfer_config.kv_load_failure_policy = "fail"
+
+    with pytest.raises(ConfigError, match="must be recompute"):
+        in_process.build_scheduler("decode", config)
 
 
 def test_an_expired_lease_is_recomputed(hasty_pair: Pair) -> None:

@@ -6,6 +6,7 @@ vLLM's main thread gives orders (`announce`, `expect`, `cancel`, `forget`) and t
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -17,13 +18,12 @@ from typing import Any
 import zmq
 
 from vllm_disagg.connector import messages
+from vllm_disagg.connector.guard import Guard
 from vllm_disagg.connector.mailbox import Mailbox
 from vllm_disagg.connector.messages import (
     CancelRead,
     ConnectPeer,
     DisconnectPeer,
-    FromPrefill,
-    FromWorker,
     Hello,
     NotHere,
     PeerState,
@@ -34,7 +34,6 @@ from vllm_disagg.connector.messages import (
     Released,
     Renew,
     Renewed,
-    StatusReply,
     ToWorker,
     Welcome,
 )
@@ -48,12 +47,13 @@ logger = logging.getLogger(__name__)
 
 _MAX_FRAMES_PER_TURN = 256
 
+RENEWALS_PER_LEASE = 1 / 6
+"""Interval of renewals as a share of the lease, which the handoff tells."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Announce:
-    transfer_id: TransferId
-    engine_id: EngineId
-    address: str
+    handoff: Handoff
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,6 @@ class DecodeControl:
         fingerprint: what a prefill engine must have in common with us.
         worker_ranks: `(pp_rank, tp_rank)` of each worker.
         worker_links: endpoints of those workers, in the same order.
-        renew_interval_s: between two renewals of a lease we wait for.
         pull_timeout_s: from `expect` to the last moment at which a pull settles.
         on_report: called on this thread when `take_reports` has something to return.
     """
@@ -100,13 +99,12 @@ class DecodeControl:
         fingerprint: Mapping[str, str],
         worker_ranks: Sequence[tuple[int, int]],
         worker_links: Sequence[str],
-        renew_interval_s: float,
         pull_timeout_s: float,
         on_report: Callable[[], None],
     ) -> None:
         self._keys, self._fingerprint = keys, dict(fingerprint)
         self._worker_ranks = tuple(worker_ranks)
-        self._renew_interval_s, self._pull_timeout_s = renew_interval_s, pull_timeout_s
+        self._pull_timeout_s = pull_timeout_s
         self._on_report = on_report
         self._orders: Mailbox[_Order] = Mailbox()
         self._reports: deque[Report] = deque()
@@ -114,7 +112,7 @@ class DecodeControl:
         self._pulls: dict[TransferId, Pull] = {}
         self._renew_at_s: float | None = None
         self._stopping = False
-        self.num_bad_frames = 0
+        self._guard = Guard("control")
         self._context: zmq.Context[Any] = zmq.Context()
         self._links = [client_socket(self._context, zmq.DEALER, keys) for _ in worker_links]
         for link, endpoint in zip(self._links, worker_links, strict=True):
@@ -136,7 +134,7 @@ class DecodeControl:
 
     def announce(self, handoff: Handoff) -> None:
         """A request with this handoff has arrived: connect to its prefill engine and keep its lease alive."""
-        self._orders.put(_Announce(handoff.transfer_id, handoff.engine_id, handoff.control))
+        self._orders.put(_Announce(handoff))
 
     def peer_phase(self, engine_id: EngineId) -> PeerPhase:
         """Whether that engine can be read from now; `greeting` for one that was only just announced."""
@@ -178,41 +176,47 @@ class DecodeControl:
         self._poller.register(self._orders.fileno(), zmq.POLLIN)
         for link in self._links:
             self._poller.register(link, zmq.POLLIN)
-        while not self._stopping:
-            try:
-                ready = dict(self._poller.poll(self._timeout_ms(time.monotonic())))
-                self._obey_all()
-                self._hear_workers(ready)
-                self._hear_peers(ready)
-                self._keep_time(time.monotonic())
-            except Exception:  # whatever a peer sends, this thread outlives it
-                logger.exception("control.failed")
+        self._guard.run(self._turn)
         self._close()
 
-    def _obey_all(self) -> None:
-        for order in self._orders.take_all():
-            match order:
-                case _Announce():
-                    self._announced(order, time.monotonic())
-                case _Expect():
-                    self._expected(order.transfer_id, time.monotonic())
-                case _Cancel():
-                    self._give_up(order.transfer_id, "cancelled", "client_left")
-                case _Forget():
-                    self._forgotten(order.transfer_id)
-                case _Stop():
-                    self._stopping = True
+    def _turn(self) -> bool:
+        ready = dict(self._poller.poll(self._timeout_ms(time.monotonic())))
+        self._obey_all()
+        self._hear_workers(ready)
+        self._hear_peers(ready)
+        self._keep_time(time.monotonic())
+        return not self._stopping
 
-    def _announced(self, order: _Announce, now_s: float) -> None:
-        self._pulls[order.transfer_id] = Pull(transfer_id=order.transfer_id, engine_id=order.engine_id)
-        if self._renew_at_s is None:
-            self._renew_at_s = now_s + self._renew_interval_s
-        peer = self._peers.get(order.engine_id)
+    def _obey_all(self) -> None:
+        self._guard.each(self._orders.take_all(), self._obey)
+
+    def _obey(self, order: _Order) -> None:
+        match order:
+            case _Announce():
+                self._announced(order.handoff, time.monotonic())
+            case _Expect():
+                self._expected(order.transfer_id, time.monotonic())
+            case _Cancel():
+                self._give_up(order.transfer_id, "cancelled", "client_left")
+            case _Forget():
+                self._forgotten(order.transfer_id)
+            case _Stop():
+                self._stopping = True
+
+    def _announced(self, handoff: Handoff, now_s: float) -> None:
+        self._pulls[handoff.transfer_id] = Pull(
+            transfer_id=handoff.transfer_id,
+            engine_id=handoff.engine_id,
+            nonce=handoff.nonce,
+            renew_interval_s=handoff.lease_s * RENEWALS_PER_LEASE,
+        )
+        peer = self._peers.get(handoff.engine_id)
         if peer is None:
-            peer = self._peers[order.engine_id] = Peer(engine_id=order.engine_id, address=order.address)
+            peer = self._peers[handoff.engine_id] = Peer(engine_id=handoff.engine_id, address=handoff.control)
             self._greet(peer, now_s)
         elif peer.phase == "failed" and now_s >= peer.retry_at_s:
             self._greet(peer, now_s)
+        self._renew(now_s)  # it may have waited on its way here
 
     def _expected(self, transfer_id: TransferId, now_s: float) -> None:
         pull = self._pulls.get(transfer_id)
@@ -220,7 +224,7 @@ class DecodeControl:
             pull = self._pulls[transfer_id] = Pull(transfer_id=transfer_id, engine_id=EngineId(""))
             pull.error = "lease_expired"
         pull.phase, pull.waiting = "reading", set(range(len(self._links)))
-        pull.deadline_s = now_s + self._pull_timeout_s
+        pull.expected_s, pull.deadline_s = now_s, now_s + self._pull_timeout_s
         if pull.error:
             self._give_up(transfer_id, "failed", pull.error)
 
@@ -235,19 +239,16 @@ class DecodeControl:
         for index, link in enumerate(self._links):
             if link not in ready:
                 continue
-            for frames in _frames(link):
-                # A fast read can end while we still listen here: its order was given before, so obey it first.
-                self._obey_all()
-                message = messages.decode_or_none(messages.from_worker, frames)
-                if message is not None:
-                    self._worker_said(index, message)
+            self._guard.each(_frames(link), functools.partial(self._worker_said, index))
 
-    def _worker_said(self, index: int, message: FromWorker) -> None:
-        match message:
-            case ReadEnded():
-                self._read_ended(index, message)
-            case PeerState():
-                self._peer_state(index, message)
+    def _worker_said(self, index: int, frames: list[bytes]) -> None:
+        # A fast read can end while we still listen here: its order was given before, so obey it first.
+        self._obey_all()
+        match messages.decode_or_none(messages.from_worker, frames):
+            case ReadEnded() as ended:
+                self._read_ended(index, ended)
+            case PeerState() as state:
+                self._peer_state(index, state)
 
     def _read_ended(self, index: int, ended: ReadEnded) -> None:
         pull = self._pulls.get(ended.transfer_id)
@@ -264,7 +265,8 @@ class DecodeControl:
             pull.phase, pull.proving_since_s = "proving", time.monotonic()
             self._release(pull)
         elif not pull.waiting and pull.phase == "draining":
-            self._over(pull, drained=True)
+            self._over(pull)
+            self._report(Drained(pull.transfer_id))
 
     def _peer_state(self, index: int, state: PeerState) -> None:
         peer = self._peers.get(state.engine_id)
@@ -305,18 +307,16 @@ class DecodeControl:
     def _hear_peers(self, ready: Mapping[Any, int]) -> None:
         for peer in list(self._peers.values()):
             if peer.socket is not None and peer.socket in ready:
-                for frames in _frames(peer.socket):
-                    message = messages.decode_or_none(messages.from_prefill, frames)
-                    if message is None:
-                        self.num_bad_frames += 1
-                    else:
-                        self._peer_said(peer, message)
+                self._guard.each(_frames(peer.socket), functools.partial(self._peer_said, peer))
             if peer.monitor is not None and peer.monitor in ready and list(_frames(peer.monitor)):
                 logger.warning("control.disconnected engine=%s phase=%s", peer.engine_id, peer.phase)
                 self._lose(peer, "peer_lost")
 
-    def _peer_said(self, peer: Peer, message: FromPrefill) -> None:
-        match message:
+    def _peer_said(self, peer: Peer, frames: list[bytes]) -> None:
+        peer.heard_s = time.monotonic()
+        match message := messages.decode_or_none(messages.from_prefill, frames):
+            case None:
+                logger.warning("control.bad_frame engine=%s", peer.engine_id)
             case Welcome():
                 self._welcomed(peer, message.ranks)
             case Refused():
@@ -333,8 +333,6 @@ class DecodeControl:
                     self._lost(transfer_id)
             case Released():
                 self._proven(message)
-            case StatusReply():
-                pass  # asked for by nobody here
 
     def _welcomed(self, peer: Peer, ranks: Sequence[RankInfo]) -> None:
         if peer.phase != "greeting":
@@ -347,7 +345,7 @@ class DecodeControl:
             )  # fmt: skip
             self._lose(peer, "incompatible")
             return
-        peer.phase, peer.waiting_ranks = "connecting", set(range(len(self._links)))
+        peer.welcomed(set(range(len(self._links))), now_s=time.monotonic())
         for index, rank in enumerate(self._worker_ranks):
             self._tell_workers(ConnectPeer(engine_id=peer.engine_id, rank=by_rank[rank]), only=[index])
 
@@ -373,7 +371,7 @@ class DecodeControl:
             self._give_up(transfer_id, "failed", "lease_expired")
 
     def _lose(self, peer: Peer, cause: str) -> None:
-        """This peer cannot be used: fail what waits for it, then try again later if it is still wanted."""
+        """This peer cannot be used now: fail what waits for it. A request that comes after the back-off tries again."""
         if peer.socket is not None:
             self._poller.unregister(peer.socket)
             self._poller.unregister(peer.monitor)
@@ -399,18 +397,18 @@ class DecodeControl:
             self._tell_workers(CancelRead(transfer_id=transfer_id), only=sorted(pull.waiting))
             pull.phase, pull.deadline_s = "draining", None
         else:
-            self._over(pull, drained=False)
+            self._over(pull)
         self._release(pull)
 
     def _release(self, pull: Pull) -> None:
         peer = self._peers.get(pull.engine_id)
         if peer is not None:
-            peer.send(messages.encode(Release(engine_id=pull.engine_id, transfer_id=pull.transfer_id)))
+            peer.send(
+                messages.encode(Release(engine_id=pull.engine_id, transfer_id=pull.transfer_id, nonce=pull.nonce))
+            )
 
-    def _over(self, pull: Pull, *, drained: bool = False) -> None:
+    def _over(self, pull: Pull) -> None:
         self._pulls.pop(pull.transfer_id, None)
-        if drained:
-            self._report(Drained(pull.transfer_id))
 
     def _report(self, report: Report) -> None:
         self._reports.append(report)
@@ -421,8 +419,7 @@ class DecodeControl:
     def _keep_time(self, now_s: float) -> None:
         for pull in list(self._pulls.values()):
             if pull.deadline_s is not None and now_s >= pull.deadline_s:
-                logger.warning("transfer.timeout transfer=%s phase=%s", pull.transfer_id, pull.phase)
-                self._give_up(pull.transfer_id, "failed", "pull_timeout")
+                self._timed_out(pull)
         for peer in list(self._peers.values()):
             if peer.phase in ("greeting", "connecting") and now_s >= peer.deadline_s:
                 logger.error(
@@ -430,32 +427,41 @@ class DecodeControl:
                     "that both use the same deployment key", peer.engine_id, peer.phase,
                 )  # fmt: skip
                 self._lose(peer, "handshake_timeout")
-        self._forget_unused_peers()
+        self._forget_old_peers(now_s)
         if self._renew_at_s is not None and now_s >= self._renew_at_s:
             self._renew(now_s)
 
+    def _timed_out(self, pull: Pull) -> None:
+        logger.warning("transfer.timeout transfer=%s phase=%s", pull.transfer_id, pull.phase)
+        peer = self._peers.get(pull.engine_id)
+        self._give_up(pull.transfer_id, "failed", "pull_timeout")
+        if peer is not None and peer.phase == "ready" and peer.heard_s < pull.expected_s:
+            # Frozen or cut off, not only slow: its other requests must not wait for it one by one.
+            logger.warning("control.silent engine=%s", peer.engine_id)
+            self._lose(peer, "peer_silent")
+
     def _renew(self, now_s: float) -> None:
-        wanted: dict[EngineId, list[TransferId]] = {}
-        for pull in self._pulls.values():
-            if pull.phase in ("announced", "reading"):
-                wanted.setdefault(pull.engine_id, []).append(pull.transfer_id)
-        for engine_id, transfer_ids in wanted.items():
+        wanted = [pull for pull in self._pulls.values() if pull.phase in ("announced", "reading")]
+        by_engine: dict[EngineId, list[TransferId]] = {}
+        for pull in wanted:
+            by_engine.setdefault(pull.engine_id, []).append(pull.transfer_id)
+        for engine_id, transfer_ids in by_engine.items():
             peer = self._peers.get(engine_id)
             if peer is not None:
                 peer.send(messages.encode(Renew(engine_id=engine_id, transfer_ids=tuple(transfer_ids))))
-        self._renew_at_s = now_s + self._renew_interval_s if wanted else None
+        self._renew_at_s = now_s + min(pull.renew_interval_s for pull in wanted) if wanted else None
 
-    def _forget_unused_peers(self) -> None:
-        """A failed peer is kept while a request refers to it, so that its cause can be told."""
+    def _forget_old_peers(self, now_s: float) -> None:
+        """A failed peer is kept while a request refers to it, and long enough for its back-off to grow."""
         used = {pull.engine_id for pull in self._pulls.values()}
-        for engine_id in [key for key, peer in self._peers.items() if peer.phase == "failed" and key not in used]:
-            if time.monotonic() >= self._peers[engine_id].retry_at_s:
+        old = [key for key, peer in self._peers.items() if peer.phase == "failed" and key not in used]
+        for engine_id in old:
+            if now_s >= self._peers[engine_id].may_be_forgotten_s:
                 del self._peers[engine_id]
 
     def _timeout_ms(self, now_s: float) -> int | None:
         times = [pull.deadline_s for pull in self._pulls.values() if pull.deadline_s is not None]
         times.extend(peer.deadline_s for peer in self._peers.values() if peer.phase in ("greeting", "connecting"))
-        times.extend(peer.retry_at_s for peer in self._peers.values() if peer.phase == "failed")
         if self._renew_at_s is not None:
             times.append(self._renew_at_s)
         return max(0, int((min(times) - now_s) * 1000) + 1) if times else None

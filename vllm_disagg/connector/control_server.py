@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import zmq
 
 from vllm_disagg.connector import messages
+from vllm_disagg.connector.guard import Guard
 from vllm_disagg.connector.holds import Holds
 from vllm_disagg.connector.mailbox import Mailbox
 from vllm_disagg.connector.messages import (
@@ -29,8 +30,6 @@ from vllm_disagg.connector.messages import (
     Released,
     Renew,
     Renewed,
-    Status,
-    StatusReply,
     ToPrefill,
     Welcome,
 )
@@ -76,6 +75,7 @@ class PrefillControl:
         self._mailbox: Mailbox[Literal["granted", "stop"]] = Mailbox()
         self._serve_until_s = 0.0
         self._serving = False
+        self._guard = Guard("control")
         self.num_bad_frames = 0
         self._context: zmq.Context[Any] = zmq.Context()
         self._authenticator = start_authenticator(self._context, keys)
@@ -114,25 +114,24 @@ class PrefillControl:
         poller.register(self._mailbox.fileno(), zmq.POLLIN)
         for link in self._links:
             poller.register(link, zmq.POLLIN)
-        stopping = False
-        while not stopping:
-            try:
-                ready = dict(poller.poll(self._timeout_ms()))
-                stopping = "stop" in self._mailbox.take_all()
-                if self._router in ready:
-                    self._answer_all()
-                for link in self._links:
-                    if link in ready:
-                        link.recv_multipart()  # workers of a prefill instance report nothing
-                if self._holds.expire():
-                    logger.warning(
-                        "lease.expired: decode neither fetched nor renewed a prompt's KV; the prompt is recomputed "
-                        "there. Raise --kv-lease-s or add decode instances if this repeats"
-                    )
-                self._direct_workers()
-            except Exception:  # whatever a peer sends, this thread outlives it
-                logger.exception("control.failed")
+        self._guard.run(lambda: self._turn(poller))
         self._close()
+
+    def _turn(self, poller: zmq.Poller) -> bool:
+        ready = dict(poller.poll(self._timeout_ms()))
+        orders = self._mailbox.take_all()
+        if self._router in ready:
+            self._guard.each(self._requests(), self._reply)
+        for link in self._links:
+            if link in ready:
+                link.recv_multipart()  # workers of a prefill instance report nothing
+        if self._holds.expire():
+            logger.warning(
+                "lease.expired: decode neither fetched nor renewed a prompt's KV; the prompt is recomputed there. "
+                "Raise --kv-lease-s or add decode instances if this repeats"
+            )
+        self._direct_workers()
+        return "stop" not in orders
 
     def _timeout_ms(self) -> int | None:
         waits = [wait for wait in (self._holds.seconds_to_expiry(),) if wait is not None]
@@ -147,19 +146,22 @@ class PrefillControl:
             for link in self._links:
                 send_now(link, messages.encode(Progress(active=wanted)))
 
-    def _answer_all(self) -> None:
+    def _requests(self) -> Iterator[tuple[bytes, list[bytes]]]:
         for _ in range(_MAX_FRAMES_PER_TURN):  # then look after leases, however many frames wait
             try:
                 sender, *frames = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            message = messages.decode_or_none(messages.to_prefill, frames)
-            if message is None:
-                self.num_bad_frames += 1
-                logger.debug("control.bad_frame")
-                continue
-            answer = self._answer(message)
-            send_now(self._router, sender, messages.encode(answer))
+            yield sender, frames
+
+    def _reply(self, request: tuple[bytes, list[bytes]]) -> None:
+        sender, frames = request
+        message = messages.decode_or_none(messages.to_prefill, frames)
+        if message is None:
+            self.num_bad_frames += 1
+            logger.debug("control.bad_frame")
+        else:
+            send_now(self._router, sender, messages.encode(self._answer(message)))
 
     def _answer(self, message: ToPrefill) -> FromPrefill:
         match message:
@@ -170,15 +172,10 @@ class PrefillControl:
                 lost = self._holds.renew(message.transfer_ids) if mine else message.transfer_ids
                 return Renewed(engine_id=message.engine_id, lost=lost)
             case Release():
-                ok = message.engine_id == self._engine_id and self._holds.release(message.transfer_id)
+                ok = message.engine_id == self._engine_id and self._holds.release(message.transfer_id, message.nonce)
                 return Released(transfer_id=message.transfer_id, ok=ok)
             case Forbid():
                 return Released(transfer_id=message.transfer_id, ok=self._holds.forbid(message.transfer_id))
-            case Status():
-                num_held, num_blocks, oldest_s = self._holds.usage()
-                return StatusReply(
-                    engine_id=self._engine_id, num_held=num_held, num_held_blocks=num_blocks, oldest_hold_s=oldest_s
-                )
 
     def _greet(self, hello: Hello) -> FromPrefill:
         if hello.engine_id != self._engine_id:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from vllm_disagg.connector.control_client import DecodeControl
+from vllm_disagg.connector.peers import CONNECT_TIMEOUT_S, HELLO_TIMEOUT_S
 from vllm_disagg.connector.pull import Drained, Settled
+from vllm_disagg.connector.recent import RecentIds
 from vllm_disagg.connector.request_facts import kv_params, prompt_salt
 from vllm_disagg.connector.stats import TransferStats
 from vllm_disagg.connector.worker_thread import ReadJob
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PAIRING_LIMIT_S = HELLO_TIMEOUT_S + CONNECT_TIMEOUT_S + 5.0
+"""How long a request may wait for its prefill engine to be connected, whatever the control thread does."""
+
+_USED_S = 3600.0
+"""How long a handoff is remembered as used. Its hold ends long before: at ten leases."""
+
 _FAILURES = "vllm_disagg_kv_failures_total"
 
 
@@ -34,6 +42,7 @@ class _Fetch:
 
     request_id: str
     handoff: Handoff
+    announced_s: float
     phase: Literal["announced", "parked"] = "announced"
     blocks: BlockIds = ()
     num_tokens: int = 0
@@ -70,6 +79,7 @@ class DecodeSide:
         self._by_transfer: dict[TransferId, _Fetch] = {}
         self._reads: list[ReadJob] = []
         self._draining: dict[TransferId, BlockIds] = {}
+        self._used = RecentIds(keep_s=_USED_S)
         self._pool: BlockPool | None = None
         self._stats = TransferStats()
 
@@ -88,8 +98,10 @@ class DecodeSide:
             logger.warning("handoff.refused request=%s reason=%s", request.request_id, refusal)
             self._stats.count(_FAILURES, label=refusal.cause)
             return
-        fetch = _Fetch(request_id=request.request_id, handoff=handoff)
+        now_s = time.monotonic()
+        fetch = _Fetch(request_id=request.request_id, handoff=handoff, announced_s=now_s)
         self._by_request[fetch.request_id] = self._by_transfer[handoff.transfer_id] = fetch
+        self._used.add(handoff.transfer_id, now_s=now_s)
         self._control.announce(handoff)
 
     def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -109,6 +121,9 @@ class DecodeSide:
                 return fetch.handoff.num_tokens - num_computed_tokens, True
             case "failed":
                 fetch.refused = self._control.peer_cause(fetch.handoff.engine_id)
+                return 0, False
+            case _ if time.monotonic() - fetch.announced_s > PAIRING_LIMIT_S:
+                fetch.refused = "handshake_timeout"  # the control thread should have said so long ago
                 return 0, False
             case _:
                 return None, False
@@ -187,8 +202,8 @@ class DecodeSide:
 
     def _accept(self, request: Request, text: object) -> Handoff:
         handoff = unseal(text, self._key)
-        if request.prompt_token_ids is None:
-            raise InvalidHandoff("the request has no prompt token ids")
+        if request.prompt_token_ids is None or request.prompt_embeds is not None:
+            raise InvalidHandoff("the prompt is not made of token ids alone")
         check_fits(
             handoff,
             token_ids=request.prompt_token_ids,
@@ -196,8 +211,8 @@ class DecodeSide:
             block_size=self._block_size,
             num_groups=self._num_groups,
         )
-        if handoff.transfer_id in self._by_transfer or handoff.transfer_id in self._draining:
-            raise InvalidHandoff("the handoff is already in use by another request")
+        if handoff.transfer_id in self._used:
+            raise InvalidHandoff("the handoff was used before: it works once")
         return handoff
 
     def _decline(self, fetch: _Fetch) -> None:
@@ -212,6 +227,8 @@ class DecodeSide:
         fetch = self._by_transfer.get(settled.transfer_id)
         if fetch is None:
             logger.error("transfer.unknown transfer=%s: dropped", settled.transfer_id)
+            if not settled.draining:  # it was overdue and its blocks were kept: no `Drained` follows
+                self._drained(settled.transfer_id)
             return []
         self._remove(fetch)
         if settled.draining:

@@ -30,7 +30,7 @@ def config_fingerprint(vllm_config: Any) -> dict[str, str]:
         "tensor parallel size": str(parallel.tensor_parallel_size),
         "pipeline parallel size": str(parallel.pipeline_parallel_size),
         "speculative config": _speculative(vllm_config),
-        "weights": weights_digest(Path(model.model), str(model.revision or "")),
+        "weights": weights_digest(model.model, _revision(model)),
     }
 
 
@@ -49,12 +49,18 @@ def engine_fingerprint(vllm_config: Any, *, isa: str, layout_shape: object) -> d
     }
 
 
-def weights_digest(path: Path, revision: str) -> str:
-    """Tells two checkpoints of one architecture apart, from samples of their files; a hub name by its revision."""
-    if not path.is_dir():
-        return f"hub revision {revision or 'default'}"
+def weights_digest(model: str, revision: str) -> str:
+    """Tells two checkpoints of one architecture apart: files by samples of what is in them, a hub model by its name
+    and revision."""
+    path = Path(model)
+    if path.is_dir():
+        files = sorted(item for item in path.iterdir() if item.suffix in _WEIGHT_SUFFIXES)
+    elif path.is_file():
+        files = [path]
+    else:
+        return f"{model} at {revision}"
     digest = hashlib.blake2b(digest_size=8)
-    for file in sorted(item for item in path.iterdir() if item.suffix in _WEIGHT_SUFFIXES):
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{size}:".encode())
         with file.open("rb") as stream:
@@ -62,6 +68,11 @@ def weights_digest(path: Path, revision: str) -> str:
                 stream.seek(max(0, size - _SAMPLE_BYTES) * index // max(1, _SAMPLES_PER_FILE - 1))
                 digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def _revision(model: Any) -> str:
+    """The commit a hub model was loaded from, where the library knows it."""
+    return str(getattr(model.hf_config, "_commit_hash", None) or model.revision or "its default revision")
 
 
 def _model_digest(model: Any) -> str:

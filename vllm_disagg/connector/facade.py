@@ -177,7 +177,6 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
             fingerprint=fingerprint,
             worker_ranks=list(workers),
             worker_links=[item.link for item in workers.values()],
-            renew_interval_s=self.settings.renew_interval_s,
             pull_timeout_s=self.settings.pull_timeout_s,
             on_report=self._wake_engine,
         )
@@ -256,6 +255,12 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
         """Transfers this engine still follows or holds blocks for; 0 at rest."""
         side = self._prefill or self._decode
         return 0 if side is None else side.num_followed
+
+    def reset_cache(self) -> bool | None:
+        """The KV cache is being reset, for new weights perhaps: nothing that is held may be read any more."""
+        if self._prefill is not None:
+            self._prefill.reset()
+        return None
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         """The scheduler half tells all; workers tell nothing."""

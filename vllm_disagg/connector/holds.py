@@ -16,7 +16,7 @@ from typing import Literal
 from vllm_disagg.core.lease import Lease, LeaseTable
 from vllm_disagg.core.types import BlockIds, TransferId
 
-HoldEvent = Literal["granted", "released", "expired", "forbidden", "refused"]
+HoldEvent = Literal["granted", "released", "expired", "forbidden", "refused", "reset"]
 
 
 class Holds:
@@ -38,10 +38,10 @@ class Holds:
         self._events: Counter[HoldEvent] = Counter()
         self._on_freed, self._clock = on_freed, clock
 
-    def grant(self, transfer_id: TransferId, block_ids: BlockIds) -> bool:
+    def grant(self, transfer_id: TransferId, nonce: str, block_ids: BlockIds) -> bool:
         """Start a hold on blocks the caller has pinned. False: refused, and the caller unpins them itself."""
         with self._lock:
-            granted = self._table.grant(transfer_id, block_ids, now_s=self._clock()) is not None
+            granted = self._table.grant(transfer_id, nonce, block_ids, now_s=self._clock()) is not None
             self._events["granted" if granted else "refused"] += 1
         return granted
 
@@ -51,10 +51,10 @@ class Holds:
         with self._lock:
             return tuple(item for item in transfer_ids if not self._table.renew(item, now_s=now_s))
 
-    def release(self, transfer_id: TransferId) -> bool:
+    def release(self, transfer_id: TransferId, nonce: str) -> bool:
         """End a hold. True proves that its blocks were intact until now."""
         with self._lock:
-            return self._free(self._table.release(transfer_id, now_s=self._clock()), "released")
+            return self._free(self._table.release(transfer_id, nonce), "released")
 
     def forbid(self, transfer_id: TransferId) -> bool:
         """End a hold, or refuse it in advance. True if there was one."""
@@ -68,6 +68,12 @@ class Holds:
             for lease in over:
                 self._free(lease, "expired")
         return len(over)
+
+    def reset(self) -> None:
+        """End every hold: the cache is being reset, so what decode would read is no longer right."""
+        with self._lock:
+            for lease in self._table.clear():
+                self._free(lease, "reset")
 
     def take_freed(self) -> list[BlockIds]:
         """Blocks to give back to the pool, each set exactly once."""

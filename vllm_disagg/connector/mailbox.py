@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import threading
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -20,6 +21,7 @@ class Mailbox(Generic[T]):
         self._items: queue.SimpleQueue[T] = queue.SimpleQueue()
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closed = False
+        self._lock = threading.Lock()
 
     def fileno(self) -> int:
         """The descriptor to poll for reading."""
@@ -27,13 +29,10 @@ class Mailbox(Generic[T]):
 
     def put(self, item: T) -> None:
         """Add an item and wake the reader. Items put after `close` are dropped."""
-        if self._closed:
-            return
-        self._items.put(item)
-        try:
-            os.eventfd_write(self._event, 1)
-        except OSError:  # closed meanwhile: the reader is gone and wants nothing more
-            return
+        with self._lock:  # so that no write follows `close` into a descriptor that somebody else has got
+            if not self._closed:
+                self._items.put(item)
+                os.eventfd_write(self._event, 1)
 
     def take_all(self) -> list[T]:
         """Everything put so far, oldest first."""
@@ -48,6 +47,7 @@ class Mailbox(Generic[T]):
 
     def close(self) -> None:
         """Give the descriptor back. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            os.close(self._event)
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                os.close(self._event)

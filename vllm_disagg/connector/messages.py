@@ -53,16 +53,13 @@ class Release(_Message, frozen=True):
 
     engine_id: EngineId
     transfer_id: TransferId
+    nonce: str
 
 
 class Forbid(_Message, frozen=True):
     """The client has left: let this transfer's blocks go, also if its prompt is still being computed."""
 
     transfer_id: TransferId
-
-
-class Status(_Message, frozen=True):
-    """How are you? Answered with `StatusReply`."""
 
 
 # Prefill's answers.
@@ -102,15 +99,6 @@ class Released(_Message, frozen=True):
 
     transfer_id: TransferId
     ok: bool
-
-
-class StatusReply(_Message, frozen=True):
-    """What a prefill engine holds."""
-
-    engine_id: EngineId
-    num_held: int
-    num_held_blocks: int
-    oldest_hold_s: float
 
 
 # An engine's core to its workers.
@@ -161,8 +149,8 @@ class ReadEnded(_Message, frozen=True):
     error: str = ""
 
 
-ToPrefill = Hello | Renew | Release | Forbid | Status
-FromPrefill = Welcome | Refused | NotHere | Renewed | Released | StatusReply
+ToPrefill = Hello | Renew | Release | Forbid
+FromPrefill = Welcome | Refused | NotHere | Renewed | Released
 ToWorker = Progress | ConnectPeer | DisconnectPeer | CancelRead
 FromWorker = PeerState | ReadEnded
 

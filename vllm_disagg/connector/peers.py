@@ -13,6 +13,9 @@ from vllm_disagg.core.types import EngineId
 PeerPhase = Literal["greeting", "connecting", "ready", "failed"]
 
 HELLO_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 30.0
+"""For the workers to connect: each may register its whole KV cache with the device once more."""
+
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 1.0, 30.0
 _DISCONNECTED = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 
@@ -21,7 +24,7 @@ _DISCONNECTED = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.E
 class Peer:
     """One run of one prefill engine, as seen by the decode control thread.
 
-    greeting -> connecting -> ready; any of them -> failed, and after a back-off greeting again.
+    greeting -> connecting -> ready; any of them -> failed. The first announcement after the back-off greets again.
     """
 
     engine_id: EngineId
@@ -32,6 +35,7 @@ class Peer:
     waiting_ranks: set[int] = field(default_factory=set)
     retry_at_s: float = 0.0
     num_failures: int = 0
+    heard_s: float = 0.0
     socket: zmq.Socket[Any] | None = None
     monitor: zmq.Socket[Any] | None = None
 
@@ -53,6 +57,15 @@ class Peer:
         self.phase, self.cause = "failed", cause
         self.retry_at_s = now_s + min(_LAST_BACKOFF_S, _FIRST_BACKOFF_S * 2**self.num_failures)
         self.num_failures += 1
+
+    def welcomed(self, ranks: set[int], *, now_s: float) -> None:
+        """The peer agreed; now each of our workers connects."""
+        self.phase, self.waiting_ranks, self.deadline_s = "connecting", ranks, now_s + CONNECT_TIMEOUT_S
+
+    @property
+    def may_be_forgotten_s(self) -> float:
+        """When a failed peer that nobody wants is no longer worth remembering."""
+        return self.retry_at_s + _LAST_BACKOFF_S
 
     def ready(self) -> None:
         """Every rank can read."""

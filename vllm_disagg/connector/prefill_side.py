@@ -12,7 +12,7 @@ from vllm_disagg.connector.holds import Holds
 from vllm_disagg.connector.request_facts import kv_params, prompt_salt
 from vllm_disagg.connector.stats import TransferStats
 from vllm_disagg.core.handoff import HANDOFF_VERSION, Handoff, prompt_digest, seal
-from vllm_disagg.core.types import BlockIds, EngineId, TransferId, is_transfer_id
+from vllm_disagg.core.types import BlockIds, EngineId, TransferId, is_transfer_id, new_nonce
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -72,7 +72,8 @@ class PrefillSide:
             return None
         num_tokens = request.num_prompt_tokens
         kept: BlockIds = tuple(tuple(group[: -(-num_tokens // self._block_size)]) for group in block_ids)
-        if not self._hold(transfer_id, kept):
+        nonce = new_nonce()
+        if not self._hold(transfer_id, nonce, kept):
             return None
         handoff = Handoff(
             version=HANDOFF_VERSION,
@@ -83,6 +84,7 @@ class PrefillSide:
             num_tokens=num_tokens,
             prompt_digest=prompt_digest(request.prompt_token_ids or (), salt=prompt_salt(request)),
             lease_s=self._lease_s,
+            nonce=nonce,
         )
         scheduled_s = timing.scheduled_s or timing.arrived_s
         return {
@@ -90,6 +92,11 @@ class PrefillSide:
             "queue_s": scheduled_s - timing.arrived_s,
             "run_s": time.monotonic() - scheduled_s,
         }
+
+    def reset(self) -> None:
+        """Let go of everything that is held; decode computes those prompts itself."""
+        self._holds.reset()
+        self.give_back()
 
     def give_back(self) -> None:
         """Return to the pool what is held no more. Called at the start of every step."""
@@ -131,10 +138,10 @@ class PrefillSide:
             done and request.prompt_token_ids is not None and request.num_computed_tokens >= request.num_prompt_tokens
         )
 
-    def _hold(self, transfer_id: TransferId, block_ids: BlockIds) -> bool:
+    def _hold(self, transfer_id: TransferId, nonce: str, block_ids: BlockIds) -> bool:
         assert self._pool is not None, "vLLM binds the block pool before the first request"
         self._pool.touch([self._pool.blocks[block] for group in block_ids for block in group])
-        if not self._holds.grant(transfer_id, block_ids):
+        if not self._holds.grant(transfer_id, nonce, block_ids):
             self._unpin(block_ids)
             return False
         self.on_granted()

@@ -8,6 +8,7 @@ announced --expect--> reading --all ranks ended--> proving --released ok--> sett
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -53,7 +54,10 @@ class Pull:
 
     transfer_id: TransferId
     engine_id: EngineId
+    nonce: str = ""
+    renew_interval_s: float = math.inf
     phase: Phase = "announced"
+    expected_s: float = 0.0
     deadline_s: float | None = None
     waiting: set[int] = field(default_factory=set)
     error: str = ""

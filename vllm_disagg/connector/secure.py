@@ -97,5 +97,8 @@ def send_now(socket: Any, *frames: bytes) -> bool:
 def _socket(context: zmq.Context[Any], kind: int) -> zmq.Socket[Any]:
     socket: zmq.Socket[Any] = context.socket(kind)
     socket.linger = _CLOSE_LINGER_MS
+    socket.sndhwm = 0  # what we say is small and must not be lost while the other side is busy
+    socket.tcp_keepalive = 1  # a host that vanishes without a word is noticed after a minute, by the kernel
+    socket.tcp_keepalive_idle, socket.tcp_keepalive_intvl, socket.tcp_keepalive_cnt = 30, 10, 3
     socket.maxmsgsize = MAX_FRAME_BYTES
     return socket

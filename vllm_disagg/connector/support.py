@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+UNSUPPORTED_EXECUTORS = ("ray", "external_launcher")
+"""Their workers may run on other hosts than the engine's core, which speaks to them over loopback."""
+
 OVERDUE_GRACE_S = CANCEL_BOUND_S + 3.0
 """Beyond twice the pull timeout, how long a parked request may stay unsettled before the scheduler half fails it."""
 
@@ -40,6 +43,8 @@ def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> 
         raise ConfigError("--kv-role does not support --data-parallel-size above 1: start one instance per replica")
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         raise ConfigError("--kv-role does not support context parallelism: its KV cache is cut along the tokens")
+    if parallel.nnodes > 1 or parallel.distributed_executor_backend in UNSUPPORTED_EXECUTORS:
+        raise ConfigError("--kv-role needs all workers of an instance on one host, under the mp executor")
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1 or type(groups[0].kv_cache_spec).__name__ not in ("FullAttentionSpec", "MLAAttentionSpec"):
         kinds = ", ".join(sorted({type(group.kv_cache_spec).__name__ for group in groups})) or "none"

@@ -5,15 +5,15 @@ the other. It sleeps unless the engine's core writes, a read is under way, or pe
 from __future__ import annotations
 
 import logging
-import select
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
 
 from vllm_disagg.connector import messages
+from vllm_disagg.connector.guard import Guard
 from vllm_disagg.connector.mailbox import Mailbox
 from vllm_disagg.connector.messages import (
     CancelRead,
@@ -25,7 +25,7 @@ from vllm_disagg.connector.messages import (
     ReadEnded,
     ToWorker,
 )
-from vllm_disagg.connector.secure import CurveKeys, server_socket, start_authenticator
+from vllm_disagg.connector.secure import CurveKeys, send_now, server_socket, start_authenticator
 from vllm_disagg.core.types import BlockIds, EngineId, TransferId
 from vllm_disagg.transport.base import Outcome, PeerName, TransferHandle, Transport
 from vllm_disagg.transport.layout import RankLayout, check_same_shape, plan_reads
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 READ_POLL_S = 0.0002
 """Between two looks at reads under way: they progress only while looked at."""
+
+_MAX_EARLY_CANCELS = 1024
 
 SERVE_POLL_MS = 1
 """Between two rounds of serving peers: the owner's side of connections and reads."""
@@ -89,8 +91,10 @@ class WorkerThread:
         self._jobs: Mailbox[ReadJob | None] = Mailbox()
         self._peers: dict[EngineId, _Peer] = {}
         self._reads = _Reads()
-        self._cancelled: set[TransferId] = set()
+        self._cancelled: dict[TransferId, None] = {}
         self._serving = False
+        self._pause = threading.Event()  # never set: a wait with a fraction of a millisecond
+        self._guard = Guard("worker")
         self._context: zmq.Context[Any] = zmq.Context()
         self._authenticator = start_authenticator(self._context, keys)
         self._link = server_socket(self._context, zmq.DEALER, keys)
@@ -135,38 +139,29 @@ class WorkerThread:
         self._transport = transport
         self._poller.register(self._link, zmq.POLLIN)
         self._poller.register(self._jobs.fileno(), zmq.POLLIN)
-        while self._turn():
-            pass
+        self._guard.run(self._turn)
         transport.close()
         self._close()
 
     def _turn(self) -> bool:
         """One round: orders first, then reads and peers. False when told to stop."""
-        try:
-            self._wait()
-            jobs = self._jobs.take_all()
-            self._hear()
-            if None in jobs:
-                return False
-            for job in jobs:
-                if job is not None:
-                    self._begin(job)
-            if self._transport.num_active:
-                for outcome in self._transport.poll():
-                    self._ended(outcome)
-            if self._serving:
-                self._transport.progress()
-        except Exception:  # one bad read must not end the thread that ends all others
-            logger.exception("worker.failed")
-        return True
+        self._wait()
+        self._guard.each(self._heard(), self._obey)
+        jobs = self._jobs.take_all()
+        self._guard.each((job for job in jobs if job is not None), self._begin)
+        if self._transport.num_active:
+            self._guard.each(self._transport.poll(), self._ended)
+        if self._serving:
+            self._transport.progress()
+        return None not in jobs
 
     def _wait(self) -> None:
         if self._transport.num_active:
-            select.select([self._jobs.fileno()], [], [], READ_POLL_S)
+            self._pause.wait(READ_POLL_S)
         else:
             self._poller.poll(SERVE_POLL_MS if self._serving else None)
 
-    def _hear(self) -> None:
+    def _heard(self) -> Iterator[ToWorker]:
         while True:
             try:
                 frames = self._link.recv_multipart(zmq.NOBLOCK)
@@ -174,7 +169,7 @@ class WorkerThread:
                 return
             message = messages.decode_or_none(messages.to_worker, frames)
             if message is not None:
-                self._obey(message)
+                yield message
 
     def _obey(self, message: ToWorker) -> None:
         match message:
@@ -189,9 +184,15 @@ class WorkerThread:
             case CancelRead():
                 handle = self._reads.handles.get(message.transfer_id)
                 if handle is None:
-                    self._cancelled.add(message.transfer_id)
+                    self._cancel_later(message.transfer_id)
                 else:
                     self._transport.cancel(handle)
+
+    def _cancel_later(self, transfer_id: TransferId) -> None:
+        """Remember a cancel that came before its job. One whose job was over already is forgotten in time."""
+        self._cancelled[transfer_id] = None
+        if len(self._cancelled) > _MAX_EARLY_CANCELS:
+            del self._cancelled[next(iter(self._cancelled))]
 
     def _connect(self, message: ConnectPeer) -> None:
         error = ""
@@ -205,7 +206,7 @@ class WorkerThread:
 
     def _begin(self, job: ReadJob) -> None:
         if job.transfer_id in self._cancelled:
-            self._cancelled.discard(job.transfer_id)
+            del self._cancelled[job.transfer_id]
             self._say(_not_begun(job.transfer_id, "cancelled before it began"))
             return
         peer = self._peers.get(job.engine_id)
@@ -239,7 +240,7 @@ class WorkerThread:
         )
 
     def _say(self, message: FromWorker) -> None:
-        self._link.send(messages.encode(message))
+        send_now(self._link, messages.encode(message))
 
     def _close(self) -> None:
         self._jobs.close()

@@ -13,7 +13,6 @@ import binascii
 import hashlib
 import hmac
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 
@@ -37,6 +36,7 @@ class Handoff(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid
         num_tokens: how many prompt tokens the blocks hold.
         prompt_digest: `prompt_digest` of those tokens; decode compares it with its own prompt.
         lease_s: seconds the blocks are kept from now unless renewed. A duration, since clocks differ.
+        nonce: of this hold; prefill confirms a read only for the hold it was given for.
     """
 
     version: int
@@ -47,6 +47,7 @@ class Handoff(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid
     num_tokens: int
     prompt_digest: bytes
     lease_s: float
+    nonce: str
 
 
 def seal(handoff: Handoff, key: bytes) -> str:
@@ -74,7 +75,7 @@ def unseal(text: object, key: bytes) -> Handoff:
         )
     try:
         handoff = msgspec.msgpack.decode(body, type=Handoff)
-    except msgspec.DecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidHandoff("the handoff has another layout: run the same vllm_disagg on all engines") from error
     if handoff.version != HANDOFF_VERSION:
         raise InvalidHandoff(f"the handoff has version {handoff.version}; this engine reads {HANDOFF_VERSION}")
@@ -108,11 +109,6 @@ def check_fits(handoff: Handoff, *, token_ids: Sequence[int], salt: str, block_s
         raise InvalidHandoff(f"the handoff holds fewer than the {needed} blocks its {handoff.num_tokens} tokens need")
     if any(block < 0 for group in handoff.block_ids for block in group):
         raise InvalidHandoff("the handoff names a negative block")
-
-
-def kv_transfer_params(**values: Any) -> dict[str, Any]:
-    """The `kv_transfer_params` of a request or response, under the keys both sides read."""
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def _mac(body: bytes, key: bytes) -> bytes:

@@ -17,7 +17,7 @@ LOCAL_REASONS: Final[Mapping[str, str]] = {
     "incompatible": "Instances of both roles are up, but no pair has matching KV caches.",
     "prefill_failed": "The prefill instance failed, and so did the other one that was tried, if there was one.",
     "prefill_rejected": "The prefill instance answered 4xx; decode's own answer is what the client gets.",
-    "nothing_held": "The prefill instance kept no KV, for instance because the prompt is shorter than a block.",
+    "nothing_held": "The prefill instance kept no KV, for instance because the client was thought to have left.",
     "decode_failed": "A decode instance failed before its first event; another one computes everything again.",
 }
 """Why a request runs locally: label and its meaning."""

@@ -17,6 +17,12 @@ RequestId = NewType("RequestId", str)
 BlockIds = tuple[tuple[int, ...], ...]
 """KV block numbers, one tuple per KV cache group of the engine."""
 
+
+def new_nonce() -> str:
+    """64 random bits, 16 hex digits."""
+    return secrets.token_hex(8)
+
+
 _HEX = frozenset("0123456789abcdef")
 
 

@@ -12,7 +12,7 @@ METRICS: Final[Mapping[str, str]] = {
     "vllm_disagg_proxy_responses_total": "Answers by HTTP status; a stream that breaks later still counts as 200.",
     "vllm_disagg_proxy_requests_in_progress": "Requests that have been accepted and not yet ended.",
     "vllm_disagg_proxy_leg_seconds": "Seconds from sending a leg to its answer (prefill) or first event (decode).",
-    "vllm_disagg_proxy_leg_failures_total": "Legs that failed, by leg (prefill, decode, stream) and cause.",
+    "vllm_disagg_proxy_leg_failures_total": "Legs that failed, by leg (prefill, decode, stream, models) and cause.",
     "vllm_disagg_proxy_releases_total": "KV given back to prefill instances without a pull, by result.",
     "vllm_disagg_proxy_instances_up": "Whether an instance may be given requests, by role and place in its list.",
     "vllm_disagg_proxy_outstanding_tokens": "Prompt tokens of the requests outstanding on an instance.",

@@ -28,6 +28,8 @@ class SafetyMixin(_Base):
         super().__init__(*args, **kwargs)
         if not isinstance(self.connector, DisaggConnector):
             raise ConfigError("the schedulers of vllm_disagg need its connector: start the engine with --kv-role")
+        if not self.recompute_kv_load_failures:
+            raise ConfigError("kv_load_failure_policy must be recompute: a failed KV transfer is computed again here")
         self.num_unknown_transfers = 0
 
     def add_request(self, request: Request, *args: Any, **kwargs: Any) -> None:

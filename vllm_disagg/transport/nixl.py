@@ -116,6 +116,7 @@ class NixlTransport:
         self._peers: dict[PeerName, _Peer] = {}
         self._ended: list[Outcome] = []
         self._link_numbers = count()
+        self._undead: list[tuple[_Link, list[_Read]]] = []
 
     def register(self, regions: Sequence[Region]) -> bytes:
         assert self._regions is None, "register is called once"
@@ -255,16 +256,26 @@ class NixlTransport:
 
     def _drop(self, peer: _Peer, error: str) -> None:
         """Destroy the peer's link, and only then end its reads: from here on nothing writes to their memory."""
-        if peer.link is not None:
-            peer.link.destroy()
-            peer.link = None
-            logger.info("transport.link_dropped peer=%s error=%s", peer.offer.agent_name, error)
+        link, peer.link = peer.link, None
+        if link is not None and not self._destroyed(link, error):
+            # Its reads are never reported, so that their memory is never used again; other peers go on.
+            self._undead.append((link, list(peer.reads)))
+            peer.reads.clear()
         while peer.reads:
             read = peer.reads.popleft()
             if read.cancelled_s is not None:
                 self._end(read, "cancelled")
             else:
                 self._end(read, "failed", error)
+
+    def _destroyed(self, link: _Link, error: str) -> bool:
+        try:
+            link.destroy()
+        except Exception:
+            logger.exception("transport.link_undead: its memory stays out of use until this engine restarts")
+            return False
+        logger.info("transport.link_dropped peer=%s error=%s", link.peer, error)
+        return True
 
     def _end(self, read: _Read, state: State, error: str = "") -> None:
         self._ended.append(
@@ -363,6 +374,10 @@ class _Link:
         if (found.decode(errors="replace") if isinstance(found, bytes) else found) != self._peer:
             self._agent.destroy()
             raise TransportError(f"the descriptor of {self._peer!r} carries the metadata of {found!r}")
+
+    @property
+    def peer(self) -> str:
+        return self._peer
 
     @property
     def num_under_way(self) -> int:

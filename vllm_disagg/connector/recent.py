@@ -1,0 +1,27 @@
+"""Remembers ids for a while."""
+
+from __future__ import annotations
+
+from vllm_disagg.core.types import TransferId
+
+_MAX_IDS = 1_000_000
+
+
+class RecentIds:
+    """Ids added within the last `keep_s` seconds, oldest forgotten first."""
+
+    def __init__(self, *, keep_s: float) -> None:
+        self._keep_s = keep_s
+        self._added: dict[TransferId, float] = {}
+
+    def __contains__(self, transfer_id: TransferId) -> bool:
+        return transfer_id in self._added
+
+    def __len__(self) -> int:
+        return len(self._added)
+
+    def add(self, transfer_id: TransferId, *, now_s: float) -> None:
+        """Remember an id, and forget those whose time is over."""
+        self._added[transfer_id] = now_s
+        while len(self._added) > _MAX_IDS or next(iter(self._added.values())) < now_s - self._keep_s:
+            del self._added[next(iter(self._added))]
