@@ -518,13 +518,13 @@ def test_one_order_that_fails_does_not_take_the_next_ones_with_it(monkeypatch: p
         def broken(transfer_id: TransferId) -> None:
             raise RuntimeError("broken on purpose")
 
-        monkeypatch.setattr(decode.control, "_forgotten", broken)
-        decode.control.forget(other.transfer_id)
+        with monkeypatch.context() as patch:
+            patch.setattr(decode.control, "_forgotten", broken)
+            decode.control.forget(other.transfer_id)
         decode.expect(handoff)
         decode.read_ends(handoff.transfer_id)
 
         assert decode.report(Settled).result == "received"
-        monkeypatch.undo()
 
 
 def test_the_first_renewal_comes_at_once() -> None:

@@ -12,7 +12,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import zmq
@@ -51,32 +50,9 @@ RENEWALS_PER_LEASE = 1 / 6
 """Interval of renewals as a share of the lease, which the handoff tells."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Announce:
-    handoff: Handoff
+Order = Callable[[], None]
+"""Something the thread is to do, with its arguments bound."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Expect:
-    transfer_id: TransferId
-
-
-@dataclass(frozen=True, slots=True)
-class _Cancel:
-    transfer_id: TransferId
-
-
-@dataclass(frozen=True, slots=True)
-class _Forget:
-    transfer_id: TransferId
-
-
-@dataclass(frozen=True, slots=True)
-class _Stop:
-    pass
-
-
-_Order = _Announce | _Expect | _Cancel | _Forget | _Stop
 Report = Settled | Drained
 
 
@@ -106,7 +82,7 @@ class DecodeControl:
         self._worker_ranks = tuple(worker_ranks)
         self._pull_timeout_s = pull_timeout_s
         self._on_report = on_report
-        self._orders: Mailbox[_Order] = Mailbox()
+        self._orders: Mailbox[Order] = Mailbox()
         self._reports: deque[Report] = deque()
         self._peers: dict[EngineId, Peer] = {}
         self._pulls: dict[TransferId, Pull] = {}
@@ -129,12 +105,12 @@ class DecodeControl:
     def stop(self) -> None:
         """End the thread and close every socket. Idempotent."""
         if self._thread.is_alive():
-            self._orders.put(_Stop())
+            self._orders.put(self._stopped)
             self._thread.join(timeout=5.0)
 
     def announce(self, handoff: Handoff) -> None:
         """A request with this handoff has arrived: connect to its prefill engine and keep its lease alive."""
-        self._orders.put(_Announce(handoff))
+        self._orders.put(functools.partial(self._announced, handoff))
 
     def peer_phase(self, engine_id: EngineId) -> PeerPhase:
         """Whether that engine can be read from now; `greeting` for one that was only just announced."""
@@ -148,15 +124,15 @@ class DecodeControl:
 
     def expect(self, transfer_id: TransferId) -> None:
         """The workers get this read with the coming step; a `Settled` follows, by the pull deadline at the latest."""
-        self._orders.put(_Expect(transfer_id))
+        self._orders.put(functools.partial(self._expected, transfer_id))
 
     def cancel(self, transfer_id: TransferId) -> None:
         """The client of an expected pull has left. Its `Settled` comes at once."""
-        self._orders.put(_Cancel(transfer_id))
+        self._orders.put(functools.partial(self._give_up, transfer_id, "cancelled", "client_left"))
 
     def forget(self, transfer_id: TransferId) -> None:
         """An announced transfer is not going to be read: release its lease."""
-        self._orders.put(_Forget(transfer_id))
+        self._orders.put(functools.partial(self._forgotten, transfer_id))
 
     def take_reports(self) -> list[Report]:
         """Reports since the last call, oldest first."""
@@ -188,22 +164,13 @@ class DecodeControl:
         return not self._stopping
 
     def _obey_all(self) -> None:
-        self._guard.each(self._orders.take_all(), self._obey)
+        self._guard.each(self._orders.take_all(), lambda order: order())
 
-    def _obey(self, order: _Order) -> None:
-        match order:
-            case _Announce():
-                self._announced(order.handoff, time.monotonic())
-            case _Expect():
-                self._expected(order.transfer_id, time.monotonic())
-            case _Cancel():
-                self._give_up(order.transfer_id, "cancelled", "client_left")
-            case _Forget():
-                self._forgotten(order.transfer_id)
-            case _Stop():
-                self._stopping = True
+    def _stopped(self) -> None:
+        self._stopping = True
 
-    def _announced(self, handoff: Handoff, now_s: float) -> None:
+    def _announced(self, handoff: Handoff) -> None:
+        now_s = time.monotonic()
         self._pulls[handoff.transfer_id] = Pull(
             transfer_id=handoff.transfer_id,
             engine_id=handoff.engine_id,
@@ -218,7 +185,8 @@ class DecodeControl:
             self._greet(peer, now_s)
         self._renew(now_s)  # it may have waited on its way here
 
-    def _expected(self, transfer_id: TransferId, now_s: float) -> None:
+    def _expected(self, transfer_id: TransferId) -> None:
+        now_s = time.monotonic()
         pull = self._pulls.get(transfer_id)
         if pull is None:  # lost or forgotten between the scheduler's look and its order: the read still comes
             pull = self._pulls[transfer_id] = Pull(transfer_id=transfer_id, engine_id=EngineId(""))
