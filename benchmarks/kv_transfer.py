@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import ROOT, OtherLoad, fact_list, facts, table
+from benchmarks.machine import ROOT, OtherLoad, busy_seconds, fact_list, facts, table
 from vllm_disagg.testing.check_transport import Memory, finish
 from vllm_disagg.transport import open_transport
 from vllm_disagg.transport.base import Copy, PeerName, Transport
@@ -284,6 +284,12 @@ def report(results: Sequence[dict[str, Any]]) -> str:
     return table(head, rows)
 
 
+def own_cpu_seconds() -> float:
+    """Processor time of this process and of the owner once it has ended."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
+
+
 def main() -> None:
     """Measure, print, and write the result if asked to."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kv_transfer", description=__doc__)
@@ -299,13 +305,16 @@ def main() -> None:
         return
     cores = sorted(os.sched_getaffinity(0))
     owner_core = cores[1] if len(cores) > 1 else None
+    start_s, busy_s, cpu_s = time.perf_counter(), busy_seconds(), own_cpu_seconds()
     with OtherLoad() as other_load, owner_process(owner_core) as owner:
         os.sched_setaffinity(0, {cores[0]})
         reader = Reader(owner)
         results = measure(reader, SHAPES, arguments.repetitions)
         reader.close()
         os.sched_setaffinity(0, cores)
+    wall_s, busy_s, cpu_s = time.perf_counter() - start_s, busy_seconds() - busy_s, own_cpu_seconds() - cpu_s
     found = facts("benchmarks.kv_transfer", other_load)
+    found["used cores"] = f"other processes took {max(0.0, busy_s - cpu_s):.1f} s of their {wall_s * len(cores):.1f} s"
     text = (
         f"# KV transfer: the transport alone\n\n{fact_list(found)}\n\n"
         f"Median (least-most) of {arguments.repetitions} repetitions. GB/s: 10^9 bytes per second, more is better. "

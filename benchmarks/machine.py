@@ -49,6 +49,12 @@ def _busy_share(before: Any, after: Any) -> float:
     return (busy_1 - busy_0) / total_s if total_s else 0.0
 
 
+def busy_seconds() -> float:
+    """Processor time of the used cores so far, whoever used it."""
+    per_core = psutil.cpu_times(percpu=True)
+    return sum(busy_and_idle_s(per_core[index])[0] for index in os.sched_getaffinity(0))
+
+
 def facts(module: str, other_load: OtherLoad) -> dict[str, str]:
     """Hardware, versions, command and commit, for the head of a result."""
     cores = sorted(os.sched_getaffinity(0))

@@ -31,7 +31,7 @@ import numpy as np
 import psutil
 
 from benchmarks.load import LoadShape, Times, drive, poisson
-from benchmarks.machine import OtherLoad, busy_and_idle_s, fact_list, facts, table
+from benchmarks.machine import OtherLoad, busy_seconds, fact_list, facts, table
 from tests.e2e.engines import Server, core, engine, proxy
 from vllm_disagg.core.keys import create_key_file
 from vllm_disagg.demo.model import smollm2_path
@@ -112,12 +112,6 @@ class Run:
     @property
     def answered(self) -> list[Times]:
         return [times for times in self.times if not times.error]
-
-
-def busy_seconds() -> float:
-    """Processor time of the used cores so far, whoever used it."""
-    per_core = psutil.cpu_times(percpu=True)
-    return sum(busy_and_idle_s(per_core[index])[0] for index in os.sched_getaffinity(0))
 
 
 @contextmanager
@@ -351,8 +345,8 @@ def report(runs: Sequence[Run], options: argparse.Namespace, found: dict[str, st
         f"{fact_list(found)}\n"
         f"- model: SmolLM2-135M-Instruct, {options.dtype}, `--enforce-eager`, blocks of 32 tokens; "
         f"colocated {colocated}\n"
-        f"- load: Poisson arrivals for {options.seconds:g} s, {options.repetitions} repetitions with prompts of their "
-        f"own; {counts} on each side; prompts of {shape.prompt_tokens[0]}-{shape.prompt_tokens[1]} random tokens, "
+        f"- load: Poisson arrivals for {options.seconds:g} s, {options.repetitions} repetitions, each with prompts of "
+        f"its own; {counts} on each side; prompts of {shape.prompt_tokens[0]}-{shape.prompt_tokens[1]} random tokens, "
         f"{shape.output_tokens[0]}-{shape.output_tokens[1]} output tokens, seed {options.seed}\n"
         f"- SLOs: TTFT <= {slo.ttft_s:g} s and TPOT <= {slo.tpot_s * 1e3:g} ms, both by one request\n\n"
         "A figure is over the requests of all repetitions; in brackets the least and the most of single repetitions.\n"
