@@ -3,8 +3,9 @@
     taskset -c 0,1 python -m benchmarks.kv_transfer
 
 Two processes on one machine: this one reads, the other owns the memory that is read. In each repetition
-every shape of read is timed in the three ways, one after the other in an order that rotates, so that each ratio is of
-neighbours in time and a slow moment of the machine does not fall on one shape alone.
+every shape of read is timed in the three ways, one after the other, so that each ratio is of neighbours in time and a
+slow moment of the machine does not fall on one shape alone. All orders of the three take turns: whichever reads second
+finds the memory in a warmer cache.
 
 - ours: `read` with a list of copies, then `poll` and `progress` until the outcome. Checking and joining the copies is
   in the time.
@@ -32,6 +33,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -250,9 +252,8 @@ def measure(reader: Reader, shapes: Sequence[Shape], repetitions: int) -> list[d
         all_ways.append(ways)
     for repetition in range(-WARM_UPS, repetitions):
         for result, ways in zip(results, all_ways, strict=True):
-            names = list(ways)
-            turn = repetition % len(names)
-            for name in names[turn:] + names[:turn]:
+            orders = list(permutations(ways))
+            for name in orders[repetition % len(orders)]:
                 rate = result["num_bytes"] / timed(ways[name]) / 1e9
                 if repetition >= 0:
                     result["gb_per_s"][name].append(rate)
@@ -294,7 +295,7 @@ def main() -> None:
     """Measure, print, and write the result if asked to."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kv_transfer", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--repetitions", type=int, default=31, help="pairs per shape (default: 31)")
+    parser.add_argument("--repetitions", type=int, default=60, help="how often each shape is timed (default: 60)")
     parser.add_argument("--out", type=Path, help="write PATH.md and PATH.json")
     parser.add_argument("--own", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
