@@ -110,7 +110,7 @@ class ProxySettings:
     probe_timeout_s: float = setting(2.0, "Seconds after which a health probe counts as failed.")
     body_timeout_s: float = setting(60.0, "Seconds that a client may take to send its request body.")
     drain_timeout_s: float = setting(30.0, "Seconds that running requests get to finish when the proxy is stopped.")
-    max_body_bytes: int = setting(32 * 1024 * 1024, "Largest request body that is accepted.")
+    max_body_bytes: int = setting(8 * 1024 * 1024, "Largest request body that is accepted.")
     max_requests: int = setting(1024, "Requests that may be in progress at once. More are answered with 503.")
     min_split_tokens: int = setting(
         0, "Prompts that are certainly shorter than this many tokens run locally, without a prefill instance."

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,6 +22,7 @@ from vllm_disagg.connector import messages
 from vllm_disagg.connector.engine_fingerprint import config_fingerprint
 from vllm_disagg.connector.messages import Forbid, Released
 from vllm_disagg.connector.secure import client_socket, curve_keys
+from vllm_disagg.core.fingerprint import digest_of
 from vllm_disagg.core.keys import load_key
 from vllm_disagg.core.types import TransferId, is_transfer_id
 
@@ -55,7 +57,8 @@ class DisaggFrontend:
     async def _status(self, scope: Scope) -> dict[str, Any]:
         vllm_config = scope["app"].state.vllm_config
         if self._fingerprint is None:
-            self._fingerprint = await asyncio.to_thread(config_fingerprint, vllm_config)
+            factors = await asyncio.to_thread(config_fingerprint, vllm_config)
+            self._fingerprint = {**factors, "chat rendering": _rendering(scope["app"].state)}
         return {"role": _settings(vllm_config).role, "fingerprint": self._fingerprint}
 
     async def _release(self, scope: Scope, receive: Receive) -> tuple[int, dict[str, Any]]:
@@ -80,6 +83,23 @@ class DisaggFrontend:
             await link.send(messages.encode(Forbid(transfer_id=transfer_id)))
             answer = messages.decode_or_none(messages.from_prefill, await link.recv_multipart())
         return isinstance(answer, Released) and answer.ok
+
+
+_RENDERING_ARGS = (
+    "chat_template", "chat_template_content_format", "default_chat_template_kwargs",
+    "exclude_tools_when_tool_choice_none", "trust_request_chat_template", "tool_call_parser", "reasoning_parser",
+)  # fmt: skip
+"""Arguments of the API server that decide which tokens a chat becomes. Decode takes prefill's tokens, so both must
+render alike, or the same chat would mean something else when it is served locally."""
+
+
+def _rendering(state: Any) -> str:
+    args = getattr(state, "args", None)
+    values = {name: str(getattr(args, name, None)) for name in _RENDERING_ARGS}
+    template = Path(values["chat_template"])
+    if len(values["chat_template"]) < 1024 and template.is_file():  # the same template may lie elsewhere there
+        values["chat_template"] = template.read_text(errors="replace")
+    return digest_of(values)
 
 
 def _settings(vllm_config: Any) -> EngineSettings:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from proxy_harness import PROMPT, Answer, Proxy, all_idle, one_and_one, proxy, until
 
+from vllm_disagg.proxy import server
 from vllm_disagg.testing.fake_engine import FakeEngine, reference
 
 NEVER_S = 60.0
@@ -286,3 +287,38 @@ async def test_a_proxy_that_stops_releases_what_is_held() -> None:
         assert prefill.num_leases == 0
         writer.close()
         await reader.read()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_that_a_shutdown_cuts_short_is_told_so(stream: bool) -> None:
+    async with FakeEngine("prefill") as prefill, FakeEngine("decode") as decode:
+        async with proxy(prefill, decode) as client:
+            if stream:
+                decode.token_s = 0.01
+                decode.faults.cut_after_tokens = None
+            else:
+                decode.faults.hang = True
+            body = {"prompt": PROMPT, "max_tokens": 2000, "stream": stream}
+            reader, writer = await _raw(client, json.dumps(body).encode())
+            await until("decode has the request", lambda: decode.requests())
+            if stream:
+                assert b"200" in await reader.readline()
+            client.server.config.timeout_graceful_shutdown = 0.1  # type: ignore[assignment]
+        raw = await reader.read()
+        writer.close()
+    if stream:
+        assert b'"error"' in raw
+        assert b"[DONE]" in raw
+    else:
+        assert raw.startswith(b"HTTP/1.1 503")
+        assert b"shutting down" in raw
+
+
+def test_the_kernel_is_told_to_end_connections_that_take_nothing() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server._cut_off_clients_that_do_not_read(listener, 1.5)
+
+        with socket.create_connection(listener.getsockname()[:2]):
+            accepted, _ = listener.accept()
+            with accepted:
+                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1500

@@ -263,3 +263,53 @@ def _assert_openai_error(answer: Answer, status: int) -> None:
     error = answer.json["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["code"] == status
+
+
+async def test_one_cut_stream_does_not_take_a_living_engine_out() -> None:
+    async with one_and_one(probe_interval_s=30.0) as (client, _, decode):
+        decode.faults.cut_after_tokens = 3
+        await client.complete(stream=True)
+        decode.faults.cut_after_tokens = None
+
+        assert (await client.complete()).status == 200
+        assert client.total("instances_up", role="decode", instance="0") == 1
+
+
+async def test_an_answer_that_takes_too_long_is_not_begun_on_another_engine() -> None:
+    async with (
+        FakeEngine("prefill") as prefill,
+        FakeEngine("decode") as d1,
+        FakeEngine("decode") as d2,
+        proxy(prefill, d1, d2, first_event_timeout_s=0.2) as client,
+    ):
+        d1.faults.hang = d2.faults.hang = True
+        answer = await client.complete()
+
+        assert answer.status == 504
+        assert len(d1.requests() + d2.requests()) == 1
+
+
+async def test_a_deadline_that_ends_in_the_moment_an_engine_is_declared_down_ends_nothing_else() -> None:
+    """asyncio refuses to move a timeout that is just ending; the watch must survive that."""
+    async with one_and_one() as (client, prefill, _):
+        instance = client.services.pool.prefill[0]
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(10) as clock:
+                instance.clocks.add(clock)
+                clock.reschedule(0.0)
+                while not clock.expired():  # the loop turns until the deadline is being carried out
+                    await asyncio.sleep(0)
+                    client.services.pool.declare_down(instance, "down in this very moment")
+        instance.clocks.discard(clock)
+        await until("it is up again", lambda: client.total("instances_up", role="prefill", instance="0"))
+        assert (await client.complete()).route == ("split", None)
+        await all_idle(prefill)
+
+
+async def test_what_prefill_had_cached_reaches_decode_for_the_clients_usage() -> None:
+    async with one_and_one() as (client, prefill, decode):
+        prefill.num_cached_tokens = 17
+        await client.complete()
+
+        (request,) = decode.requests()
+        assert request.json["kv_transfer_params"]["remote_prefill_cached_tokens"] == 17

@@ -80,7 +80,12 @@ async def test_what_each_engine_is_asked() -> None:
         params = then.pop("kv_transfer_params")
         assert then == {"model": "fake-model", "prompt": token_ids_of(PROMPT), "max_tokens": 8, **fields}
         assert params.pop("handoff")
-        assert params == {"do_remote_prefill": True, "do_remote_decode": False, "transfer_id": transfer_id}
+        assert params == {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "transfer_id": transfer_id,
+            "remote_prefill_cached_tokens": 0,
+        }
         assert answer.text == reference(PROMPT, 8, salt="salt")
         assert client.total("dropped_fields_total") == 1
 

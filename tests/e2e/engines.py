@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,15 +16,11 @@ from pathlib import Path
 
 import psutil
 
+from vllm_disagg.launcher.machine import free_ports
+
 START_TIMEOUT_S = 240.0
 BLOCK_SIZE = 32
 MAX_MODEL_LEN = 2048
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def core(index: int) -> int:
@@ -136,7 +131,7 @@ def engine(
     name: str, *, model: Path, index: int, folder: Path, key_file: Path, role: str | None, flags: Sequence[str] = ()
 ) -> Server:
     """An engine on one core: with a role, or plain vLLM as the undivided reference."""
-    port = free_port()
+    port = free_ports(1)[0]
     argv = [
         sys.executable, "-m", "vllm_disagg", "serve", str(model), "--port", str(port), "--host", "127.0.0.1",
         "--served-model-name", "model", "--enforce-eager", "--block-size", str(BLOCK_SIZE), "--dtype", "float32",
@@ -145,14 +140,14 @@ def engine(
     if role is not None:
         argv += ["--kv-role", role, "--kv-key-file", str(key_file)]
     if role == "prefill":
-        argv += ["--kv-control-port", str(free_port())]
+        argv += ["--kv-control-port", str(free_ports(1)[0])]
     env = {"VLLM_CPU_CI_ENV": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core(index)), "VLLM_NO_USAGE_STATS": "1"}
     return Server(name=name, argv=[*argv, *flags], log=folder / f"{name}.log", env=env, port=port)
 
 
 def proxy(*, prefill: Sequence[Server], decode: Sequence[Server], folder: Path, flags: Sequence[str] = ()) -> Server:
     """The proxy in front of them."""
-    port = free_port()
+    port = free_ports(1)[0]
     argv = [sys.executable, "-m", "vllm_disagg", "proxy", "--port", str(port)]
     for server in prefill:
         argv += ["--prefill", server.url]

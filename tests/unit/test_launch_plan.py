@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vllm_disagg.errors import ConfigError
-from vllm_disagg.launcher.machine import Machine
+from vllm_disagg.launcher.machine import Machine, free_ports
 from vllm_disagg.launcher.plan import EngineLaunch, LaunchPlan, plan_launch, ports_needed
 from vllm_disagg.launcher.settings import UpSettings, has_flag
 from vllm_disagg.launcher.up import check_model
@@ -193,3 +193,11 @@ def test_a_folder_without_config_is_refused_and_names_are_left_to_vllm(tmp_path:
     assert check_model("org/model") is None
     (tmp_path / "config.json").touch()
     assert check_model(str(tmp_path)) == tmp_path
+
+
+def test_free_ports_are_distinct_and_never_those_of_outgoing_connections() -> None:
+    ports = free_ports(20)
+
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert len(set(ports)) == 20
+    assert max(ports) < lowest

@@ -110,9 +110,13 @@ def test_everything_unusual_runs_locally(api: Api, body: dict[str, Any], reason:
 
 
 def test_prompts_are_measured() -> None:
-    assert estimate_tokens("completions", {"prompt": [7] * 12}) == 12
-    assert estimate_tokens("completions", {"prompt": "x" * 40}) == 10
-    assert estimate_tokens("completions", {}) == 1
-    assert estimate_tokens("chat", {"messages": [{"role": "user", "content": "x" * 400}]}) > 100
-    assert certainly_shorter("completions", {"prompt": "é" * 4}, 9)
-    assert not certainly_shorter("completions", {"prompt": "é" * 4}, 8)
+    assert estimate_tokens("completions", {"prompt": [7] * 12}, 1000) == 12
+    assert estimate_tokens("completions", {"prompt": "x" * 40}, 52) == 10
+    assert estimate_tokens("completions", {}, 2) == 1
+    assert estimate_tokens("chat", {"messages": []}, 400) == 100
+    assert certainly_shorter("completions", {"prompt": [7] * 12}, 1000, 13)
+    assert not certainly_shorter("completions", {"prompt": [7] * 12}, 1000, 12)
+    assert certainly_shorter("completions", {"prompt": "é" * 4}, 1000, 9)
+    assert not certainly_shorter("completions", {"prompt": "é" * 4}, 1000, 8)
+    assert certainly_shorter("chat", {"messages": []}, 400, 401)
+    assert not certainly_shorter("chat", {"messages": []}, 400, 400)

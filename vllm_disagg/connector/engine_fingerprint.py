@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_disagg.core.fingerprint import digest_of
 
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 _SAMPLES_PER_FILE, _SAMPLE_BYTES = 16, 4096
 
 
@@ -49,12 +50,12 @@ def engine_fingerprint(vllm_config: Any, *, isa: str, layout_shape: object) -> d
     }
 
 
-def weights_digest(model: str, revision: str) -> str:
+def weights_digest(model: str, revision: str, *, suffixes: Sequence[str] = WEIGHT_SUFFIXES) -> str:
     """Tells two checkpoints of one architecture apart: files by samples of what is in them, a hub model by its name
     and revision."""
     path = Path(model)
     if path.is_dir():
-        files = sorted(item for item in path.iterdir() if item.suffix in _WEIGHT_SUFFIXES)
+        files = sorted(item for item in path.iterdir() if item.suffix in suffixes)
     elif path.is_file():
         files = [path]
     else:

@@ -88,6 +88,7 @@ class PrefillSide:
         )
         scheduled_s = timing.scheduled_s or timing.arrived_s
         return {
+            "do_remote_prefill": True,  # whereupon vLLM adds `remote_prefill_cached_tokens`, for decode's `usage`
             "handoff": seal(handoff, self._key),
             "queue_s": scheduled_s - timing.arrived_s,
             "run_s": time.monotonic() - scheduled_s,

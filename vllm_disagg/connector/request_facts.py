@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+
+from vllm_disagg.connector.engine_fingerprint import WEIGHT_SUFFIXES, weights_digest
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -19,8 +22,15 @@ def kv_params(request: Request) -> Mapping[str, Any]:
     return params if isinstance(params, Mapping) else _NOTHING
 
 
+@functools.lru_cache(maxsize=1024)
+def _adapter_digest(path: str, lora_id: int) -> str:
+    """An adapter by what is in its files: one name may mean two versions on two engines. A reload has another id."""
+    return weights_digest(path, "", suffixes=(*WEIGHT_SUFFIXES, ".json"))
+
+
 def prompt_salt(request: Request) -> str:
     """Whatever else than its token ids a prompt's KV depends on: adapter, cache salt, images."""
-    adapter = request.lora_request.lora_name if request.lora_request is not None else ""
+    lora = request.lora_request
+    adapter = [] if lora is None else [lora.lora_name, _adapter_digest(lora.lora_path, lora.lora_int_id)]
     media = [feature.identifier for feature in request.mm_features]
     return msgspec.json.encode([adapter, request.cache_salt or "", media]).decode()

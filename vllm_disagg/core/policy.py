@@ -29,6 +29,7 @@ REFUSE_REASONS: Final[Mapping[str, str]] = {
     "client_left": "The client left before its body had arrived.",
     "at_capacity": "`max_requests` are already in progress: 503.",
     "no_decode": "No decode instance is up: 503.",
+    "shutting_down": "The proxy ended before it could be answered: 503.",
 }
 """Why a request is refused without asking any engine: label and its meaning."""
 

@@ -7,7 +7,7 @@ undivided engine, which answers it exactly as it would without us.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeGuard
 
 Api = Literal["completions", "chat"]
 Body = Mapping[str, Any]
@@ -38,18 +38,34 @@ def unsplittable(api: Api, body: Body) -> str | None:
     return _completions_form(body) if api == "completions" else _chat_form(body)
 
 
-def estimate_tokens(api: Api, body: Body) -> int:
-    """How many tokens the prompt has: exact for token ids, a quarter of its bytes for text. At least 1."""
-    ids, num_bytes = _measure(api, body)
-    return max(1, ids + num_bytes // 4)
+def estimate_tokens(api: Api, body: Body, num_bytes: int) -> int:
+    """About how many tokens the prompt has: exact for token ids, else a quarter of its bytes. At least 1.
+
+    Args:
+        api: which of OpenAI's interfaces.
+        body: the parsed body.
+        num_bytes: its length as it came, which stands for a chat's prompt: looking into that would cost more than the
+            estimate is worth.
+    """
+    ids, text = _measure(api, body, num_bytes)
+    return max(1, ids + text // 4)
 
 
-def certainly_shorter(api: Api, body: Body, num_tokens: int) -> bool:
-    """Whether the prompt has fewer than `num_tokens` tokens: no tokenizer makes more tokens than bytes."""
-    return num_tokens > 0 and sum(_measure(api, body)) < num_tokens
+def certainly_shorter(api: Api, body: Body, num_bytes: int, num_tokens: int) -> bool:
+    """Whether the prompt has fewer than `num_tokens` tokens: no tokenizer makes more tokens than bytes. What a chat
+    template adds is not counted."""
+    return sum(_measure(api, body, num_bytes)) < num_tokens
 
 
-def is_token_ids(value: object) -> bool:
+def _measure(api: Api, body: Body, num_bytes: int) -> tuple[int, int]:
+    """Token ids and bytes of text in the prompt; the whole body counts as text where the prompt is not plain."""
+    prompt = body.get("prompt") if api == "completions" else None
+    if isinstance(prompt, str):
+        return 0, len(prompt.encode("utf-8", "surrogatepass"))
+    return (len(prompt), 0) if is_token_ids(prompt) else (0, num_bytes)
+
+
+def is_token_ids(value: object) -> TypeGuard[list[int]]:
     """Whether this is a non-empty list of token ids."""
     return isinstance(value, list) and set(map(type, value)) == {int} and min(value) >= 0
 
@@ -110,24 +126,3 @@ def _is_text_part(part: object) -> bool:
         return False
     kind = part.get("type", "text")
     return isinstance(kind, str) and kind in _TEXT_PARTS
-
-
-_CHAT_PROMPT_FIELDS: Final = ("messages", "tools", "documents", "chat_template_kwargs")
-
-
-def _measure(api: Api, body: Body) -> tuple[int, int]:
-    """Token ids and bytes of text in the prompt."""
-    names = ("prompt",) if api == "completions" else _CHAT_PROMPT_FIELDS
-    todo: list[object] = [body.get(name) for name in names]
-    ids = num_bytes = 0
-    while todo:
-        item = todo.pop()
-        if isinstance(item, str):
-            num_bytes += len(item.encode("utf-8", "surrogatepass"))
-        elif is_token_ids(item):
-            ids += len(item)  # type: ignore[arg-type]
-        elif isinstance(item, dict):
-            todo.extend((*item.keys(), *item.values()))
-        elif isinstance(item, list):
-            todo.extend(item)
-    return ids, num_bytes

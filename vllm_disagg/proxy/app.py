@@ -23,7 +23,7 @@ from vllm_disagg.proxy.flow import PATHS, ClientStalled, Flow
 from vllm_disagg.proxy.instances import Instance, Pool
 from vllm_disagg.proxy.metrics import ProxyMetrics
 from vllm_disagg.proxy.relay import strip_answer
-from vllm_disagg.proxy.replies import ApiError, error_response, retry_after, send_error
+from vllm_disagg.proxy.replies import ApiError, error_event, error_response, retry_after, send_error
 from vllm_disagg.proxy.services import Services
 from vllm_disagg.proxy.upstream import LegFailed, Upstream, open_session
 from vllm_disagg.proxy.watch import Watcher
@@ -97,6 +97,8 @@ class Generation:
         except ClientDisconnect:
             reason = "client_left"
             services.metrics.disconnect("admit")
+        except asyncio.CancelledError:  # only the server's own end cancels this task, after its drain
+            await _last_words(noting)
         finally:
             if flow is not None:
                 route, reason = flow.route, flow.reason
@@ -122,7 +124,7 @@ async def models(request: Request) -> Response:
                 return Response(body, leg.status, media_type="application/json")
         except LegFailed as failure:
             services.metrics.leg_failed("models", failure.cause)
-            if failure.is_connection:
+            if failure.cause == "connect":
                 services.pool.suspect(instance)
     raise ApiError(503, "no decode instance is available", reason="no_decode")
 
@@ -176,6 +178,14 @@ async def _serve(services: Services, flow: Flow, receive: Receive, send: Send) -
         services.metrics.disconnect(phase)
 
 
+async def _last_words(send: _NotingSend) -> None:
+    """Tell a client whose answer the shutdown cut short."""
+    if send.status is None:
+        await send_error(send, ApiError(503, "the proxy is shutting down", reason="shutting_down"))
+    elif send.is_stream:
+        await send({"type": "http.response.body", "body": error_event(LegFailed("down")), "more_body": False})
+
+
 async def _left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -187,10 +197,12 @@ class _NotingSend:
     def __init__(self, send: Send, metrics: ProxyMetrics) -> None:
         self._send, self._metrics = send, metrics
         self.status: int | None = None
+        self.is_stream = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            self.is_stream = any(value.startswith(b"text/event-stream") for _, value in message["headers"])
             self._metrics.response(message["status"])
         await self._send(message)
 

@@ -102,6 +102,7 @@ def decode_body(
     token_ids: Sequence[int] | None = None,
     transfer_id: TransferId | None = None,
     handoff: str | None = None,
+    num_cached_tokens: int | None = None,
 ) -> dict[str, Any]:
     """What a decode instance is asked: the client's own request, with the prompt's token ids and KV where known.
 
@@ -111,10 +112,13 @@ def decode_body(
         token_ids: the prompt's token ids, so that it is not rendered and tokenised again.
         transfer_id: the transfer that `handoff` belongs to.
         handoff: what the prefill instance gave for the KV; without it, decode computes the prompt itself.
+        num_cached_tokens: prompt tokens that the prefill instance had cached; vLLM reports them in `usage`.
     """
     body, params = dict(fields), dict[str, Any]()
     if handoff is not None:
         params.update(do_remote_prefill=True, do_remote_decode=False, transfer_id=transfer_id, handoff=handoff)
+        if num_cached_tokens is not None:
+            params["remote_prefill_cached_tokens"] = num_cached_tokens
     if token_ids is not None and api == "completions":
         body["prompt"] = list(token_ids)
     elif token_ids is not None:

@@ -44,6 +44,7 @@ class Call:
         api: which of OpenAI's interfaces.
         fields: the fields of its body that may reach an engine.
         headers: the client's headers that may reach an engine.
+        num_bytes: length of its body.
         request_id: what the engines, their answers and our logs call it.
         arrived_s: when it arrived, on the loop's clock.
     """
@@ -51,6 +52,7 @@ class Call:
     api: Api
     fields: Mapping[str, Any]
     headers: Mapping[str, str]
+    num_bytes: int
     request_id: str
     arrived_s: float
 
@@ -73,7 +75,7 @@ class Flow:
         self._settings, self._pool = services.settings, services.pool
         self._loop = asyncio.get_running_loop()
         self._clock = StageClock(call.arrived_s)
-        self._num_tokens = estimate_tokens(call.api, call.fields)
+        self._num_tokens = estimate_tokens(call.api, call.fields, call.num_bytes)
         self._stream = call.fields.get("stream") is True
         self._place = ExitStack()
         self._hold: Hold | None = None
@@ -100,7 +102,7 @@ class Flow:
         call, pool = self._call, self._pool
         decision = pool.decide(
             shape=unsplittable(call.api, call.fields),
-            short=certainly_shorter(call.api, call.fields, self._settings.min_split_tokens),
+            short=certainly_shorter(call.api, call.fields, call.num_bytes, self._settings.min_split_tokens),
         )
         if decision.decode is None:
             raise ApiError(503, "no decode instance is available", reason=decision.reason)
@@ -167,7 +169,8 @@ class Flow:
             except LegFailed as failure:
                 self._note_failure("decode", decode, failure)
                 num_sent += failure.sent
-                following = self._next_decode(tried, prefilled, failure) if num_sent < 2 else None
+                again = num_sent < 2 and failure.cause != "timeout"  # an answer that takes so long is not begun twice
+                following = self._next_decode(tried, prefilled, failure) if again else None
                 if following is None:
                     raise of_failure(failure) from failure
                 decode, prefilled = following
@@ -199,6 +202,7 @@ class Flow:
         body = decode_body(
             self._call.api, self._call.fields,
             token_ids=prefilled.token_ids, transfer_id=prefilled.transfer_id, handoff=prefilled.handoff,
+            num_cached_tokens=prefilled.num_cached_tokens,
         )  # fmt: skip
         async with Upstream(self._services.http, instance) as leg:
             await self._open(leg, encode(body), deadline_s)
@@ -262,8 +266,10 @@ class Flow:
             "leg.failed request=%s leg=%s url=%s cause=%s", self._call.request_id, leg, instance.url, failure.cause
         )
         self._services.metrics.leg_failed(leg, failure.cause)
-        if failure.is_connection:
+        if failure.cause == "connect":
             self._pool.suspect(instance)
+        elif failure.cause == "disconnect":
+            instance.nudged.set()  # it may have been this one connection: look at once
         if failure.sent:
             self._give_back()
         elif leg == "prefill":

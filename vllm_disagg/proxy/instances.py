@@ -133,7 +133,8 @@ class Pool:
         instance.num_downs += 1
         now_s = asyncio.get_running_loop().time()
         for clock in instance.clocks:
-            clock.reschedule(now_s)
+            if not clock.expired():  # else it is ending of itself in this very moment
+                clock.reschedule(now_s)
         self._take_out(instance, verdict)
 
     def note(self, instance: Instance, verdict: str, *, level: int = logging.INFO) -> None:

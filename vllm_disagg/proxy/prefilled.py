@@ -23,6 +23,7 @@ class Prefilled:
         handoff: what fetches its KV, if a prefill instance holds it.
         prefill: that instance.
         transfer_id: the transfer's name on both instances.
+        num_cached_tokens: prompt tokens it had in its prefix cache, for the client's `usage`.
         queue_s: how long the prompt waited there.
         run_s: how long it was computed there.
     """
@@ -31,6 +32,7 @@ class Prefilled:
     handoff: str | None = None
     prefill: Instance | None = None
     transfer_id: TransferId | None = None
+    num_cached_tokens: int | None = None
     queue_s: float = 0.0
     run_s: float = 0.0
 
@@ -53,9 +55,14 @@ def read_prefill_answer(api: Api, raw: bytes) -> Prefilled:
     return Prefilled(
         token_ids=token_ids,
         handoff=handoff or None,
+        num_cached_tokens=_count(params.get("remote_prefill_cached_tokens")),
         queue_s=_seconds(params.get("queue_s")),
         run_s=_seconds(params.get("run_s")),
     )
+
+
+def _count(value: Any) -> int | None:
+    return value if type(value) is int and value >= 0 else None
 
 
 def _seconds(value: Any) -> float:

@@ -23,6 +23,7 @@ def run(settings: ProxySettings) -> None:
     """
     app = create_app(settings)
     listener = _listen(settings.host, settings.port)
+    _cut_off_clients_that_do_not_read(listener, settings.idle_timeout_s)
     config = uvicorn.Config(
         app,
         access_log=False,
@@ -36,6 +37,16 @@ def run(settings: ProxySettings) -> None:
     with listener:
         logger.info("proxy.listening host=%s port=%d", settings.host, settings.port)
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def _cut_off_clients_that_do_not_read(listener: socket.socket, timeout_s: float) -> None:
+    """Have the kernel end connections whose client takes nothing of what is sent to it. Accepted sockets inherit this.
+
+    The server alone would keep such a connection, and all that waits to be written to it, for as long as the client
+    likes.
+    """
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout_s * 1000))
 
 
 def _listen(host: str, port: int) -> socket.socket:

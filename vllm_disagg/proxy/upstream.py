@@ -37,11 +37,6 @@ class LegFailed(InstanceError):
         """Whether the engine may have seen the request. A handoff that may have been seen is not used again."""
         return self.cause != "connect"
 
-    @property
-    def is_connection(self) -> bool:
-        """Whether it says something about the instance rather than about this request."""
-        return self.cause in ("connect", "disconnect")
-
 
 def open_session(settings: ProxySettings) -> aiohttp.ClientSession:
     """The client for all engines. Deadlines are set by each exchange; the number of connections is bounded by

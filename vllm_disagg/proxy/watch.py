@@ -38,7 +38,10 @@ class Watcher:
             with suppress(TimeoutError):
                 await asyncio.wait_for(instance.nudged.wait(), self._interval_s)
             instance.nudged.clear()
-            await self.look(instance)
+            try:
+                await self.look(instance)
+            except Exception:  # one watch that ends would end them all, and the proxy with them
+                logger.exception("probe.failed role=%s url=%s", instance.role, instance.url)
 
     async def look(self, instance: Instance) -> None:
         """Probe one instance once and draw the conclusions."""
@@ -85,7 +88,12 @@ class Watcher:
 
     async def _get(self, instance: Instance, path: str) -> tuple[int, bytes]:
         async with self._http.get(instance.url + path, timeout=self._timeout, allow_redirects=False) as answer:
-            return answer.status, await answer.content.read(_MAX_STATUS_BYTES)
+            raw = b""
+            async for chunk in answer.content.iter_any():
+                raw += chunk
+                if len(raw) > _MAX_STATUS_BYTES:
+                    raise ValueError(f"{path} answers more than {_MAX_STATUS_BYTES} bytes")
+            return answer.status, raw
 
 
 def _object(value: Any) -> Mapping[str, Any]:

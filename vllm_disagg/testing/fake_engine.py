@@ -128,6 +128,7 @@ class FakeEngine:
         self.model, self.block_size, self.lease_s = model, block_size, lease_s
         self.num_blocks = num_blocks
         self.prefill_s, self.token_s, self.padding = prefill_s, token_s, padding
+        self.num_cached_tokens = 0
         self.faults = Faults()
         self.received: list[Received] = []
         self.counts = _Counts()
@@ -341,7 +342,8 @@ class FakeEngine:
         self._leases[transfer_id] = lease
         where = {"port": self.port, "transfer_id": transfer_id, "nonce": lease.nonce}
         handoff = base64.b64encode(json.dumps(where).encode()).decode()
-        return {"handoff": handoff, "queue_s": 0.0, "run_s": self.prefill_s}
+        params = {"handoff": handoff, "queue_s": 0.0, "run_s": self.prefill_s, "do_remote_prefill": True}
+        return {**params, "remote_prefill_cached_tokens": self.num_cached_tokens}
 
     def _drop(self, transfer_id: str) -> bool:
         lease = self._leases.pop(transfer_id, None)
