@@ -20,6 +20,7 @@ case ${1:-} in
     exec vllm serve "$2" --kv-role decode --kv-key-file deployment.key --host "$3" --port 8200
     ;;
   proxy)
+    # Nothing guards this port: put your own gateway in front, or give the engines --api-key and the clients that key.
     exec vllm-disagg proxy --host 0.0.0.0 --prefill "http://$2:8100" --decode "http://$3:8200"
     ;;
   *)
