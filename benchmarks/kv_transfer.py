@@ -2,10 +2,10 @@
 
     taskset -c 0,1 python -m benchmarks.kv_transfer
 
-Two processes on one machine: this one reads, the other owns the memory that is read. In each repetition
-every shape of read is timed in the three ways, one after the other, so that each ratio is of neighbours in time and a
-slow moment of the machine does not fall on one shape alone. All orders of the three take turns: whichever reads second
-finds the memory in a warmer cache.
+Two processes on one machine: this one reads, the other owns the memory that is read. In each repetition every shape of
+read is timed in the three ways, one after the other, so that each ratio is of neighbours in time and a slow moment of
+the machine does not fall on one shape alone. All orders of the three take turns: whichever reads second finds the
+memory in a warmer cache.
 
 - ours: `read` with a list of copies, then `poll` and `progress` until the outcome. Checking and joining the copies is
   in the time.
@@ -306,14 +306,14 @@ def main() -> None:
         return
     cores = sorted(os.sched_getaffinity(0))
     owner_core = cores[1] if len(cores) > 1 else None
-    start_s, busy_s, cpu_s = time.perf_counter(), busy_seconds(), own_cpu_seconds()
+    start_s, busy_s, cpu_s = time.perf_counter(), busy_seconds(cores), own_cpu_seconds()
     with OtherLoad() as other_load, owner_process(owner_core) as owner:
         os.sched_setaffinity(0, {cores[0]})
         reader = Reader(owner)
         results = measure(reader, SHAPES, arguments.repetitions)
         reader.close()
         os.sched_setaffinity(0, cores)
-    wall_s, busy_s, cpu_s = time.perf_counter() - start_s, busy_seconds() - busy_s, own_cpu_seconds() - cpu_s
+    wall_s, busy_s, cpu_s = time.perf_counter() - start_s, busy_seconds(cores) - busy_s, own_cpu_seconds() - cpu_s
     found = facts("benchmarks.kv_transfer", other_load)
     found["used cores"] = f"other processes took {max(0.0, busy_s - cpu_s):.1f} s of their {wall_s * len(cores):.1f} s"
     text = (

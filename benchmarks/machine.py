@@ -49,10 +49,10 @@ def _busy_share(before: Any, after: Any) -> float:
     return (busy_1 - busy_0) / total_s if total_s else 0.0
 
 
-def busy_seconds() -> float:
-    """Processor time of the used cores so far, whoever used it."""
+def busy_seconds(cores: Iterable[int]) -> float:
+    """Processor time of some cores so far, whoever used it."""
     per_core = psutil.cpu_times(percpu=True)
-    return sum(busy_and_idle_s(per_core[index])[0] for index in os.sched_getaffinity(0))
+    return sum(busy_and_idle_s(per_core[index])[0] for index in cores)
 
 
 def facts(module: str, other_load: OtherLoad) -> dict[str, str]:

@@ -78,6 +78,11 @@ class Side:
     name: str
     urls: tuple[str, ...]
     servers: tuple[Server, ...]
+    cores: frozenset[int]
+
+    def client_cpu_s(self) -> float:
+        times = psutil.Process().cpu_times()
+        return float(times.user + times.system) if os.sched_getaffinity(0) <= self.cores else 0.0
 
     def counters(self) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -88,9 +93,9 @@ class Side:
         return found
 
     def cpu_seconds(self) -> float:
-        """Processor time of all its processes and of this one so far."""
+        """Processor time of all its processes, and of this one where it shares their cores, so far."""
         spent = [process.cpu_times() for server in self.servers for process in server.tree()]
-        return float(sum(times.user + times.system for times in (*spent, psutil.Process().cpu_times())))
+        return float(sum(times.user + times.system for times in spent)) + self.client_cpu_s()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +109,7 @@ class Run:
     counters: dict[str, float]
     """How much they grew."""
     cpu_s: float
-    """Processor time of the side's processes and of the load generator."""
+    """Processor time of the side's processes, and of the load generator where it shares their cores."""
     foreign_cpu_s: float
     """Processor time that the used cores spent on anything else."""
     wall_s: float
@@ -152,19 +157,28 @@ def deployment(name: str, options: argparse.Namespace, folder: Path) -> Iterator
             stack.callback(front.kill)
             front.start()
             front.wait_until_ready("/ready")
-            side = Side(name=name, urls=(front.url,), servers=(*engines, front))
+            urls, servers = [front.url], [*engines, front]
         else:
-            side = Side(name=name, urls=tuple(server.url for server in engines), servers=tuple(engines))
-        yield side
+            urls, servers = [server.url for server in engines], engines
+        yield Side(name=name, urls=tuple(urls), servers=tuple(servers), cores=frozenset(options.cores))
 
 
 async def one_run(side: Side, options: argparse.Namespace, rate_per_s: float, repetition: int) -> Run:
     """Drive one side and see what its counters say."""
     seed = (options.seed, round(rate_per_s * 1000), repetition)
     requests = poisson(LoadShape(), rate_per_s=rate_per_s, seconds=options.seconds, seed=seed)
-    before, start_s, busy_s, cpu_s = side.counters(), time.perf_counter(), busy_seconds(), side.cpu_seconds()
+    before, start_s, busy_s, cpu_s = (
+        side.counters(),
+        time.perf_counter(),
+        busy_seconds(options.cores),
+        side.cpu_seconds(),
+    )
     times = await drive(side.urls, requests)
-    wall_s, busy_s, cpu_s = time.perf_counter() - start_s, busy_seconds() - busy_s, side.cpu_seconds() - cpu_s
+    wall_s, busy_s, cpu_s = (
+        time.perf_counter() - start_s,
+        busy_seconds(options.cores) - busy_s,
+        side.cpu_seconds() - cpu_s,
+    )
     await asyncio.sleep(REST_S)
     after = side.counters()
     return Run(
@@ -215,7 +229,9 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Run]:
     runs: list[Run] = []
     for number, (name, repetitions) in enumerate(phases(options.repetitions)):
         with deployment(name, options, folder / f"{number}-{name}") as side:
+            os.sched_setaffinity(0, options.client_cores or options.cores)
             runs += asyncio.run(run_all(side, options, repetitions))
+        os.sched_setaffinity(0, options.cores)
     return runs
 
 
@@ -307,26 +323,36 @@ def ratio(one: float, two: float) -> float:
     return one / two if two else 1.0 if not one else float("inf")
 
 
+def run_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """A row for each run, in the order they were made: whether it can be believed."""
+    rows: list[tuple[str, ...]] = []
+    for run in runs:
+        late_ms = np.percentile([times.sent_late_s for times in run.times], (50, 100)) * 1e3
+        rows.append(
+            (
+                run.side, f"{run.rate_per_s:g}", str(run.repetition + 1), str(len(run.times)),
+                str(sum(bool(times.error) for times in run.times)), f"{late_ms[0]:.0f} / {late_ms[1]:.0f}",
+                f"{run.wall_s * 2:.0f}", f"{run.cpu_s:.0f}", f"{run.foreign_cpu_s:.0f}",
+            )
+        )  # fmt: skip
+    return rows
+
+
+RUN_HEAD = (
+    "side", "requests/s", "repetition", "requests", "not answered in full", "sent late, ms, p50 / most",
+    "core-seconds", "of them ours", "of them others'",
+)  # fmt: skip
+
+
 def events(runs: Sequence[Run]) -> str:
-    """What the requests and the counters say about errors, fallbacks and transfers."""
+    """What the counters say about fallbacks, failures and transfers."""
     lines = []
     for side in (SPLIT, COLOCATED):
-        mine = [run for run in runs if run.side == side]
         total: dict[str, float] = {}
-        for run in mine:
-            for key, value in run.counters.items():
+        for run in runs:
+            for key, value in run.counters.items() if run.side == side else ():
                 total[key] = total.get(key, 0.0) + value
-        num_requests = sum(len(run.times) for run in mine)
-        num_errors = sum(bool(times.error) for run in mine for times in run.times)
-        late_ms = max(times.sent_late_s for run in mine for times in run.times) * 1e3
-        shown = ", ".join(f"`{key}` {value:.6g}" for key, value in sorted(total.items())) or "none"
-        wall_s, cpu_s = sum(run.wall_s for run in mine), sum(run.cpu_s for run in mine)
-        lines.append(
-            f"- {side}: {num_requests} requests, {num_errors} without all their tokens, sent at most {late_ms:.0f} ms "
-            f"late; processor time {cpu_s:.0f} s in {wall_s:.0f} s on "
-            f"{len(os.sched_getaffinity(0))} cores, on which other processes took "
-            f"{sum(run.foreign_cpu_s for run in mine):.0f} s. Counters that grew: {shown}."
-        )
+        lines += [f"- {side}: `{key}` {value:.6g}" for key, value in sorted(total.items())] or [f"- {side}: none"]
     return "\n".join(lines)
 
 
@@ -352,8 +378,20 @@ def report(runs: Sequence[Run], options: argparse.Namespace, found: dict[str, st
         "A figure is over the requests of all repetitions; in brackets the least and the most of single repetitions.\n"
         "Below 1 in the last column is better for the split side, except for attainment.\n\n"
         f"{table(head, rows)}\n\n"
-        f"What else was seen:\n\n{events(runs)}\n"
+        "Each run, in the order they were made. Others' time is that of processes that are no part of this benchmark,\n"
+        f"on its cores:\n\n{table(RUN_HEAD, run_rows(runs))}\n\n"
+        f"Counters of the proxy and the engines that grew, over all runs:\n\n{events(runs)}\n"
     )
+
+
+def rates(text: str) -> tuple[float, ...]:
+    """Of a flag's value."""
+    return tuple(float(rate) for rate in text.split(","))
+
+
+def cores(text: str) -> tuple[int, ...]:
+    """Of a flag's value."""
+    return tuple(int(index) for index in text.split(","))
 
 
 def parse() -> argparse.Namespace:
@@ -363,7 +401,6 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    rates = lambda text: tuple(float(rate) for rate in text.split(","))  # noqa: E731
     parser.add_argument("--rates", type=rates, default=(0.4, 1.0), help="requests per second, with commas")
     parser.add_argument("--seconds", type=float, default=50.0, help="length of one load")
     parser.add_argument("--repetitions", type=int, default=2)
@@ -371,6 +408,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--slo-ttft-s", type=float, default=2.0)
     parser.add_argument("--slo-tpot-s", type=float, default=0.1)
     parser.add_argument("--colocated-flags", default="", help="more flags for the plain instances, in one string")
+    parser.add_argument(
+        "--client-cores", type=cores, default=(), help="other cores for the load generator, with commas"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write PATH.md and PATH.json")
     return parser.parse_args()
@@ -379,6 +419,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Start everything, measure, print, and write the result if asked to."""
     options = parse()
+    options.cores = tuple(sorted(os.sched_getaffinity(0)))
+    if len(options.cores) != 2:
+        sys.exit(f"error: {len(options.cores)} cores are allowed: give two, as in `taskset -c 0,1 ...`")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the engines end with us
     with tempfile.TemporaryDirectory() as folder, OtherLoad() as other_load:
         runs = measure(options, Path(folder))
