@@ -56,6 +56,18 @@ class Pair:
         done = self.prefill.run_until_finished(request_id)
         return {"do_remote_prefill": True, "transfer_id": transfer_id, "handoff": done.kv_transfer_params["handoff"]}
 
+    def overwrite_prefills_cache(self) -> None:
+        """Run enough other prompts that every block which nobody holds is written anew."""
+        for seed in range(30, 50):
+            self.prefill.run_until_finished(self.prefill.add(prompt(300, seed=seed), None))
+
+    def decode_rightly(self, token_ids: list[int], params: dict[str, Any]) -> None:
+        """Run a prompt on decode, and check its blocks when it is admitted."""
+        request_id = self.decode.add(token_ids, params, max_tokens=4)
+        self.decode.run_until(lambda: self.decode.status(request_id) == "RUNNING", "admission")
+        assert self.decode.prompt_blocks_are_right(request_id)
+        self.decode.run_until_finished(request_id)
+
     def settle(self) -> None:
         """Let both engines come to rest."""
         for engine in (self.decode, self.prefill):
@@ -223,14 +235,9 @@ def test_a_handoff_works_once(pair: Pair) -> None:
     pair.decode.run_until_finished(pair.decode.add(prompt(70, seed=1), params, max_tokens=1))
     pair.decode.scheduler.reset_prefix_cache()
     pair.prefill.step()
-    for seed in range(30, 50):
-        pair.prefill.run_until_finished(pair.prefill.add(prompt(300, seed=seed), None))
+    pair.overwrite_prefills_cache()
 
-    request_id = pair.decode.add(prompt(70, seed=1), params, max_tokens=4)
-    pair.decode.run_until(lambda: pair.decode.status(request_id) == "RUNNING", "admission")
-
-    assert pair.decode.prompt_blocks_are_right(request_id)
-    pair.decode.run_until_finished(request_id)
+    pair.decode_rightly(prompt(70, seed=1), params)
     assert pair.failures() == {"invalid_handoff": 1}
 
 
@@ -248,14 +255,9 @@ def test_a_handoff_used_on_another_decode_engine_is_recomputed_there(pair: Pair,
     params = pair.prefilled(prompt(70, seed=1))
     other = Engine.start("decode", tmp_path / "key", control_port=free_port())
     other.run_until_finished(other.add(prompt(70, seed=1), params, max_tokens=1))
-    for seed in range(30, 50):
-        pair.prefill.run_until_finished(pair.prefill.add(prompt(300, seed=seed), None))
+    pair.overwrite_prefills_cache()
 
-    request_id = pair.decode.add(prompt(70, seed=1), params, max_tokens=4)
-    pair.decode.run_until(lambda: pair.decode.status(request_id) == "RUNNING", "admission")
-
-    assert pair.decode.prompt_blocks_are_right(request_id)
-    pair.decode.run_until_finished(request_id)
+    pair.decode_rightly(prompt(70, seed=1), params)
     assert pair.failures() == {"lease_expired": 1}
     assert_no_leaks(other.scheduler)
     other.stop()

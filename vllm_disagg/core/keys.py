@@ -15,6 +15,7 @@ from pathlib import Path
 
 from vllm_disagg.config import KEY_ENV
 from vllm_disagg.errors import KeyFileError
+from vllm_disagg.folders import user_folder
 
 _MIN_CHARS = 32
 
@@ -41,8 +42,7 @@ def load_key(key_file: str | None) -> bytes:
 
 def default_key_path() -> Path:
     """Where the user's own key lies when none is named."""
-    base = os.environ.get("XDG_CONFIG_HOME")
-    return (Path(base) if base else Path.home() / ".config") / "vllm-disagg" / "deployment.key"
+    return user_folder("config") / "deployment.key"
 
 
 def create_key_file(path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import shutil
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_disagg.errors import ConfigError
+from vllm_disagg.folders import user_folder
 
 _MARKER = "vllm_disagg.complete"
 _SMOLLM2_VERSION = "1"
@@ -31,7 +31,7 @@ def smollm2_path() -> Path:
     Raises:
         ConfigError: a package that it comes from or is converted with is missing; the text names it.
     """
-    return _prepared(_cache_root() / f"smollm2-135m-instruct-{_SMOLLM2_VERSION}", _write_smollm2)
+    return _prepared(user_folder("cache") / f"smollm2-135m-instruct-{_SMOLLM2_VERSION}", _write_smollm2)
 
 
 def tiny_llama_path(*, num_layers: int = 3, num_kv_heads: int = 4, seed: int = 0) -> Path:
@@ -43,12 +43,7 @@ def tiny_llama_path(*, num_layers: int = 3, num_kv_heads: int = 4, seed: int = 0
     def write(folder: Path) -> None:
         _write_tiny_llama(folder, num_layers=num_layers, num_kv_heads=num_kv_heads, seed=seed)
 
-    return _prepared(_cache_root() / f"tiny-llama-l{num_layers}-kv{num_kv_heads}-s{seed}-1", write)
-
-
-def _cache_root() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "vllm-disagg"
+    return _prepared(user_folder("cache") / f"tiny-llama-l{num_layers}-kv{num_kv_heads}-s{seed}-1", write)
 
 
 def _prepared(folder: Path, write: Callable[[Path], None]) -> Path:

@@ -15,6 +15,7 @@ import msgspec
 
 from vllm_disagg.core.keys import create_key_file
 from vllm_disagg.errors import ConfigError
+from vllm_disagg.folders import user_folder
 from vllm_disagg.launcher.console import Console
 from vllm_disagg.launcher.local import Deployment
 from vllm_disagg.launcher.machine import Machine, free_ports, require_free_port, this_machine
@@ -116,9 +117,7 @@ def _log_dir(chosen: str | None) -> Path:
     if chosen is not None:
         folder = Path(chosen)
     else:
-        base = os.environ.get("XDG_STATE_HOME")
-        root = (Path(base) if base else Path.home() / ".local" / "state") / "vllm-disagg"
-        folder = root / f"up-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        folder = user_folder("state") / f"up-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
