@@ -6,6 +6,7 @@ model=${1:?usage: cpu.sh MODEL}
 flags=(--block-size 32 --enforce-eager --kv-cache-memory-bytes $((1 << 30)))
 trap 'kill 0' EXIT
 
-VLLM_CPU_OMP_THREADS_BIND=0 vllm-disagg serve "$model" --kv-role prefill --port 8100 "${flags[@]}" &
-VLLM_CPU_OMP_THREADS_BIND=1 vllm-disagg serve "$model" --kv-role decode --port 8200 "${flags[@]}" &
+# taskset keeps all processes of an engine on its core: vLLM itself binds only the threads that compute.
+VLLM_CPU_OMP_THREADS_BIND=0 taskset -c 0 vllm-disagg serve "$model" --kv-role prefill --port 8100 "${flags[@]}" &
+VLLM_CPU_OMP_THREADS_BIND=1 taskset -c 1 vllm-disagg serve "$model" --kv-role decode --port 8200 "${flags[@]}" &
 vllm-disagg proxy --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:8200

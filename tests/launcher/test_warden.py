@@ -20,10 +20,10 @@ WARDEN = (sys.executable, "-I", "-S", warden.__file__)
 
 
 class Started:
-    def __init__(self, tmp_path: Path, mark: str, command: tuple[str, ...], grace_s: float) -> None:
+    def __init__(self, tmp_path: Path, mark: str, command: tuple[str, ...], grace_s: float, cpus: str) -> None:
         self.log = tmp_path / "log"
         self.process = subprocess.Popen(
-            [*WARDEN, str(self.log), str(grace_s), *command],
+            [*WARDEN, str(self.log), str(grace_s), cpus, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, MARK: mark},
@@ -49,8 +49,8 @@ def mark(tmp_path: Path) -> Iterator[str]:
 def start(tmp_path: Path, mark: str) -> Iterator[object]:
     started: list[Started] = []
 
-    def start(*command: str, grace_s: float = 10.0) -> Started:
-        started.append(Started(tmp_path, mark, command, grace_s))
+    def start(*command: str, grace_s: float = 10.0, cpus: str = "-") -> Started:
+        started.append(Started(tmp_path, mark, command, grace_s, cpus))
         return started[-1]
 
     yield start
@@ -131,3 +131,13 @@ def test_the_engine_itself_dies_with_a_killed_warden(start, mark) -> None:
     started.process.kill()
 
     wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+
+
+def test_every_process_of_an_engine_stays_on_its_cpus(start, mark) -> None:
+    cpu = min(os.sched_getaffinity(0))
+    child = "import os; print(os.sched_getaffinity(0))"
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    warden = start(sys.executable, "-c", script, cpus=str(cpu))
+
+    assert warden.process.wait(timeout=20) == 0
+    assert warden.log.read_text() == f"{{{cpu}}}\n"

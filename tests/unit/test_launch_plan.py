@@ -90,15 +90,22 @@ def test_each_rank_of_tensor_parallelism_has_cores_of_its_own() -> None:
     launch = plan(UpSettings(model="m", tp=2), make_machine(cores=8))
 
     assert bindings(launch) == ["0,1|2,3", "4,5|6,7"]
+    assert [engine.cpus for engine in launch.engines] == [(0, 1, 2, 3), (4, 5, 6, 7)]
     assert option(launch.engines[0], "--tensor-parallel-size") == "2"
 
 
 def test_a_rank_with_many_cores_leaves_one_to_the_engines_other_processes() -> None:
-    assert bindings(plan(machine=make_machine(cores=16))) == ["0,1,2,3,4,5,6", "8,9,10,11,12,13,14"]
+    launch = plan(machine=make_machine(cores=16))
+    assert bindings(launch) == ["0,1,2,3,4,5,6", "8,9,10,11,12,13,14"]
+    assert [engine.cpus for engine in launch.engines] == [tuple(range(8)), tuple(range(8, 16))]
 
 
 def test_one_thread_per_physical_core_while_there_are_enough_cores() -> None:
-    assert bindings(plan(machine=make_machine(cores=2, threads=2))) == ["0", "1"]
+    launch = plan(machine=make_machine(cores=2, threads=2))
+    assert bindings(launch) == ["0", "1"]
+    assert [set(engine.cpus) for engine in launch.engines] == [
+        set(core) for core in make_machine(cores=2, threads=2).cores
+    ]
     assert bindings(plan(machine=make_machine(cores=1, threads=2))) == ["0", "1"]
 
 

@@ -28,13 +28,22 @@ class Child:
         env: what is added to this process's environment.
         log_file: where its output goes, appended.
         grace_s: seconds from the polite to the forced end.
+        cpus: logical CPUs that it and all its processes may use; none means any.
     """
 
     def __init__(
-        self, name: str, argv: Sequence[str], *, env: Mapping[str, str], log_file: Path, grace_s: float
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        log_file: Path,
+        grace_s: float,
+        cpus: Sequence[int] = (),
     ) -> None:
         self.name, self.log_file = name, log_file
         self._argv, self._env, self._grace_s = tuple(argv), dict(env), grace_s
+        self._cpus = ",".join(map(str, cpus)) or "-"
         self._warden: asyncio.subprocess.Process | None = None
         self._pid: int | None = None
         self._log_start = 0
@@ -101,7 +110,16 @@ class Child:
 
     async def _start_warden(self) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", str(_WARDEN), str(self.log_file), str(self._grace_s), *self._argv),
+            *(
+                sys.executable,
+                "-I",
+                "-S",
+                str(_WARDEN),
+                str(self.log_file),
+                str(self._grace_s),
+                self._cpus,
+                *self._argv,
+            ),
             stdin=asyncio.subprocess.PIPE,  # its end tells the warden that this process is gone
             stdout=asyncio.subprocess.PIPE,
             env={**os.environ, **self._env},

@@ -136,7 +136,7 @@ class Deployment:
                 return response.status, None
 
     async def _start_engine(self, engine: EngineLaunch, *, timeout_s: float) -> None:
-        child = await self._spawn(engine.name, engine.argv, engine.env)
+        child = await self._spawn(engine.name, engine.argv, engine.env, engine.cpus)
 
         async def healthy() -> bool:
             return (await self._get_json(f"{engine.url}/health"))[0] == 200
@@ -152,8 +152,11 @@ class Deployment:
 
         await self._until(splitting, child, _PROXY_START_S)
 
-    async def _spawn(self, name: str, argv: tuple[str, ...], env: Mapping[str, str]) -> Child:
-        child = Child(name, argv, env=env, log_file=self.log_dir / f"{name}.log", grace_s=self._grace_s)
+    async def _spawn(
+        self, name: str, argv: tuple[str, ...], env: Mapping[str, str], cpus: tuple[int, ...] = ()
+    ) -> Child:
+        log_file = self.log_dir / f"{name}.log"
+        child = Child(name, argv, env=env, log_file=log_file, grace_s=self._grace_s, cpus=cpus)
         self._children[name] = child
         await child.start()
         return child
@@ -188,7 +191,7 @@ class Deployment:
             self._console.line(f"{text}\n{engine.name}: starting again in {pause_s:.0f} s")
             await asyncio.sleep(pause_s)
             pause_s = min(_BACKOFF_MOST_S, 2 * pause_s)
-            await self._spawn(engine.name, engine.argv, engine.env)
+            await self._spawn(engine.name, engine.argv, engine.env, engine.cpus)
 
     async def _check_engines_fit(self) -> None:
         prints = {engine.name: await self._fingerprint(engine) for engine in self.plan.engines}

@@ -40,7 +40,11 @@ _ENGINE_ENV = {"PYTHONFAULTHANDLER": "1"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLaunch:
-    """One engine: its command, what is added to its environment, and where it will answer."""
+    """One engine: its command, what is added to its environment, and where it will answer.
+
+    `cpus` are the logical CPUs all its processes stay on, none for any. vLLM binds its workers' threads only; its
+    scheduler process spins while a step runs, and left alone it does so on the other engines' cores.
+    """
 
     name: str
     role: Role
@@ -48,6 +52,7 @@ class EngineLaunch:
     place: str
     argv: tuple[str, ...]
     env: Mapping[str, str]
+    cpus: tuple[int, ...] = ()
 
     @property
     def url(self) -> str:
@@ -111,7 +116,7 @@ def plan_launch(
     remaining = iter(ports)
     engines: list[EngineLaunch] = []
     for name, role in _instances(settings):
-        place, env = places[len(engines)]
+        place, env, cpus = places[len(engines)]
         port = next(remaining)
         control = ("--kv-control-port", str(next(remaining))) if role == "prefill" else ()
         argv = (
@@ -120,7 +125,7 @@ def plan_launch(
             *_tp_flag(settings), *_unless_given(defaults, settings, role), *_user_arguments(settings, role),
         )  # fmt: skip
         engines.append(
-            EngineLaunch(name=name, role=role, port=port, place=place, argv=argv, env={**_ENGINE_ENV, **env})
+            EngineLaunch(name=name, role=role, port=port, place=place, argv=argv, env={**_ENGINE_ENV, **env}, cpus=cpus)
         )
     return LaunchPlan(
         engines=tuple(engines),
@@ -129,6 +134,10 @@ def plan_launch(
         notes=notes,
         warnings=_warnings(settings, machine),
     )
+
+
+Place = tuple[str, dict[str, str], tuple[int, ...]]
+"""How an engine's place is shown, what tells vLLM of it, and the CPUs its processes stay on."""
 
 
 def _instances(settings: UpSettings) -> list[tuple[str, Role]]:
@@ -140,7 +149,7 @@ def _num_engines(settings: UpSettings) -> int:
     return settings.prefill + settings.decode
 
 
-def _gpu_places(settings: UpSettings, machine: Machine) -> list[tuple[str, dict[str, str]]]:
+def _gpu_places(settings: UpSettings, machine: Machine) -> list[Place]:
     """Consecutive GPUs for each engine. Not yet run on a GPU."""
     needed = _num_engines(settings) * settings.tp
     if needed > len(machine.gpus):
@@ -148,29 +157,39 @@ def _gpu_places(settings: UpSettings, machine: Machine) -> list[tuple[str, dict[
             f"{settings.prefill} prefill and {settings.decode} decode instances with --tp {settings.tp} need {needed} "
             f"GPUs, and {len(machine.gpus)} are visible: lower --prefill, --decode or --tp"
         )
-    places = []
+    places: list[Place] = []
     for index in range(_num_engines(settings)):
         mine = ",".join(machine.gpus[index * settings.tp : (index + 1) * settings.tp])
-        places.append((f"GPU {mine}", {"CUDA_VISIBLE_DEVICES": mine}))
+        places.append((f"GPU {mine}", {"CUDA_VISIBLE_DEVICES": mine}, ()))
     return places
 
 
-def _cpu_places(settings: UpSettings, machine: Machine) -> list[tuple[str, dict[str, str]]]:
+def _cpu_places(settings: UpSettings, machine: Machine) -> list[Place]:
     """A core set for each rank of each engine; whole physical cores while there are enough, shared when too few."""
     num_ranks = _num_engines(settings) * settings.tp
     cpus = _cpus_for(num_ranks, machine)
     each = len(cpus) // num_ranks
     if each == 0:
-        ranks = [[cpus[index % len(cpus)]] for index in range(num_ranks)]
+        ranks = shares = [[cpus[index % len(cpus)]] for index in range(num_ranks)]
     else:
+        shares = [cpus[index * each : (index + 1) * each] for index in range(num_ranks)]
         used = each - 1 if each >= _SPARE_CORE_FROM else each
         ranks = [cpus[index * each : index * each + used] for index in range(num_ranks)]
-    places = []
+    places: list[Place] = []
     for index in range(_num_engines(settings)):
         mine = ranks[index * settings.tp : (index + 1) * settings.tp]
         binding = "|".join(",".join(map(str, rank)) for rank in mine)
-        places.append((f"cores {binding}", {"VLLM_CPU_OMP_THREADS_BIND": binding}))
+        share = shares[index * settings.tp : (index + 1) * settings.tp]
+        stay_on = _with_siblings({cpu for rank in share for cpu in rank}, machine, num_ranks)
+        places.append((f"cores {binding}", {"VLLM_CPU_OMP_THREADS_BIND": binding}, tuple(sorted(stay_on))))
     return places
+
+
+def _with_siblings(cpus: set[int], machine: Machine, num_ranks: int) -> set[int]:
+    """The same with the other logical CPUs of their physical cores, unless these are another rank's."""
+    if len(machine.cores) < num_ranks:
+        return cpus
+    return {sibling for core in machine.cores if cpus & set(core) for sibling in core}
 
 
 def _cpus_for(num_ranks: int, machine: Machine) -> list[int]:

@@ -8,7 +8,9 @@ for it, or the engine's first process ends, it ends all of them before it ends i
 
 It is run as a plain file, without this package or site-packages, so that it costs a few milliseconds and megabytes:
 
-    python -I -S warden.py LOG_FILE GRACE_S COMMAND [ARGUMENT...]
+    python -I -S warden.py LOG_FILE GRACE_S CPUS COMMAND [ARGUMENT...]
+
+CPUS are the logical CPUs that the engine and all its processes may use, as `0,1`; `-` means any.
 
 It writes the engine's pid and a newline to stdout. SIGTERM, SIGINT or the end of stdin stop the engine: SIGTERM to its
 first process, SIGKILL to whatever is left after GRACE_S. SIGUSR1 kills at once. Its exit status is the engine's, with
@@ -33,7 +35,9 @@ _POLL_S = 0.05
 
 def main(arguments: list[str]) -> int:
     """Run the command to its end and clean up after it. Returns the exit status to use."""
-    log_file, grace_s, command = arguments[0], float(arguments[1]), arguments[2:]
+    log_file, grace_s, cpus, command = arguments[0], float(arguments[1]), arguments[2], arguments[3:]
+    if cpus != "-":
+        os.sched_setaffinity(0, map(int, cpus.split(",")))  # inherited by everything it starts
     wake = _wake_on_signals()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     engine = _start(command, log_file)
