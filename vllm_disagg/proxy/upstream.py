@@ -77,12 +77,6 @@ class Upstream:
         assert self._answer is not None
         return self._answer.status
 
-    @property
-    def content_type(self) -> str:
-        """The media type of the answer."""
-        assert self._answer is not None
-        return self._answer.content_type
-
     async def open(
         self, method: str, path: str, *, deadline_s: float, headers: Mapping[str, str], body: bytes | None = None
     ) -> None:
