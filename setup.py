@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vllm_disagg", "vllm_disagg.*"]),
-    package_data={"vllm_disagg": ["py.typed"]},
+    package_data={"vllm_disagg": ["py.typed", "profiles/*.json"]},
     install_requires=[
         "aiohttp>=3.12",
         "click>=8.1",
