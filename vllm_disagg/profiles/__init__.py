@@ -22,7 +22,7 @@ def load_profile(name_or_path: str, *, model: str | None = None) -> Profile:
 
     Args:
         name_or_path: one of `builtin_profiles`, or a JSON file: ours, or the table DistServe published.
-        model: which model, where the file holds several.
+        model: which model, where the file holds several; where it holds one, the model it has to be of.
 
     Raises:
         ConfigError: there is no such profile, it is malformed, or it is of another model.
@@ -39,7 +39,12 @@ def load_profile(name_or_path: str, *, model: str | None = None) -> Profile:
     except ValueError as error:
         raise ConfigError(f"{name_or_path} is not JSON: {error}") from error
     if not is_distserve(document):
-        return parse_profile(document, origin=str(path))
+        profile = parse_profile(document, origin=str(path))
+        if model is not None and profile.model.name != model:
+            raise ConfigError(
+                f"{name_or_path} is of {profile.model.name}, not {model!r}: give the profile of that model"
+            )
+        return profile
     if model not in SHAPES:
         raise ConfigError(
             f"{path} holds several models: name one of {', '.join(sorted(SHAPES))}"
