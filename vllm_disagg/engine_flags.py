@@ -16,6 +16,7 @@ from typing import Any
 from vllm_disagg.config import ROLES, EngineSettings, default_of, help_of
 from vllm_disagg.connector.support import UNSUPPORTED_EXECUTORS
 from vllm_disagg.core.keys import load_key
+from vllm_disagg.emulation import flags as emulation
 from vllm_disagg.errors import ConfigError
 
 GROUP = "VllmDisagg"
@@ -59,6 +60,7 @@ def add_flags(parser: ArgumentParser) -> ArgumentParser:
             group.add_argument(flag, choices=list(_TRANSPORTS), default=argparse.SUPPRESS, help=text)
         else:
             group.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text)
+    emulation.add_flags(parser)
     _finish_after_parse(parser)
     return parser
 
@@ -92,6 +94,7 @@ def _finish_after_parse(parser: ArgumentParser) -> None:
     def parse_known_args(*args: Any, **kwargs: Any) -> Any:
         namespace, extras = original(*args, **kwargs)
         try:
+            emulation.apply(namespace)
             apply(namespace)
         except ConfigError as error:
             parser.error(str(error))

@@ -28,7 +28,7 @@ from vllm_disagg.connector.metadata import StepMetadata, WorkerMetadata
 from vllm_disagg.connector.prefill_side import PrefillSide
 from vllm_disagg.connector.secure import curve_keys
 from vllm_disagg.connector.stats import TransferPromMetrics, TransferStats
-from vllm_disagg.connector.worker_side import WorkerSide
+from vllm_disagg.connector.worker_side import TransportWrapper, WorkerSide
 from vllm_disagg.core.keys import load_key
 from vllm_disagg.core.types import EngineId
 from vllm_disagg.errors import ConfigError
@@ -84,8 +84,13 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
         """vLLM calls this once, when the KV cache exists."""
         assert self._worker is not None
         support.prepare_cpu()
-        pp_rank, tp_rank = support.worker_rank()
+        pp_rank, tp_rank = support.worker_rank(self._vllm_config)
         self._worker.register(kv_caches, rank=f"pp{pp_rank}tp{tp_rank}", isa=support.instruction_set(self._vllm_config))
+
+    def wrap_transport(self, wrap: TransportWrapper) -> None:
+        """Put something between the worker and its transport, such as a modelled link. Before `register_kv_caches`."""
+        assert self._worker is not None
+        self._worker.wrap_transport(wrap)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """vLLM carries this to the engine's core, once."""

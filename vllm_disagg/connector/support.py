@@ -75,11 +75,12 @@ def prepare_cpu() -> None:
         logger.warning("cpu.no_amx: the kernel refused AMX; bfloat16 may not run here, float32 does")
 
 
-def worker_rank() -> tuple[int, int]:
-    """This worker's `(pp_rank, tp_rank)`, as vLLM keys handshake metadata."""
-    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
-
-    return get_pp_group().rank_in_group, get_tp_group().rank_in_group
+def worker_rank(vllm_config: VllmConfig) -> tuple[int, int]:
+    """This worker's `(pp_rank, tp_rank)`, as vLLM keys handshake metadata. Each worker notes its rank in its own copy
+    of the configuration (`WorkerBase.__init__`), tensor-parallel ranks of a stage next to each other."""
+    parallel = vllm_config.parallel_config
+    pp_rank, tp_rank = divmod(parallel.rank, parallel.tensor_parallel_size)
+    return pp_rank, tp_rank
 
 
 def instruction_set(vllm_config: VllmConfig) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_disagg.config import EngineSettings
@@ -16,6 +16,8 @@ from vllm_disagg.transport.layout import RankLayout, Segment
 
 if TYPE_CHECKING:
     import torch
+
+TransportWrapper = Callable[[Transport], Transport]
 
 
 class WorkerSide:
@@ -42,6 +44,11 @@ class WorkerSide:
         self._groups, self._num_blocks = groups, num_blocks
         self._thread: WorkerThread | None = None
         self._metadata: WorkerMetadata | None = None
+        self._wrap: TransportWrapper | None = None
+
+    def wrap_transport(self, wrap: TransportWrapper) -> None:
+        """Use what `wrap` makes of the transport, instead of the transport itself. Before `register`."""
+        self._wrap = wrap
 
     def register(self, kv_caches: Mapping[str, torch.Tensor], *, rank: str, isa: str) -> None:
         """Register the KV cache and start serving it.
@@ -68,6 +75,7 @@ class WorkerSide:
 
         def opened() -> tuple[Transport, bytes]:
             transport = open_transport(self._settings.transport, f"{self._engine_id}/{rank}", memory=memory)
+            transport = transport if self._wrap is None else self._wrap(transport)
             return transport, transport.register(regions)
 
         self._thread = WorkerThread(open_transport=opened, layout=layout, keys=curve_keys(self._key))

