@@ -62,6 +62,9 @@ def _kind(hint: Any) -> dict[str, Any]:
     return {"type": kind, "show_default": True}
 
 
+UP_OPTIONS = tuple(item.name for item in dataclasses.fields(UpSettings) if item.name != "model")
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="vllm-disagg")
 def cli() -> None:
@@ -69,8 +72,8 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("model")
-@settings_options(UpSettings)
+@click.argument("model", required=False)
+@settings_options(UpSettings, *UP_OPTIONS)
 def up(**options: Any) -> None:
     """Start prefill and decode instances of MODEL and a proxy on this machine, and keep them running."""
     from vllm_disagg.launcher.up import run_up

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -13,10 +14,13 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from vllm_disagg.launcher.fork_host import SINGLE_THREADED
 from vllm_disagg.launcher.machine import free_ports
+from vllm_disagg.launcher.plan import FORK_HOST_COMMAND, FORKED_ENGINE_COMMAND
 
 START_TIMEOUT_S = 240.0
 BLOCK_SIZE = 32
@@ -127,6 +131,88 @@ class Server(Process):
         return found
 
 
+@dataclass(kw_only=True)
+class EmulatedEngine(Server):
+    """An engine that a fork host runs; our own child only stands for it."""
+
+    faults: Path
+
+    def tree(self) -> list[psutil.Process]:
+        """Our child and the engine's own session."""
+        return [*super().tree(), *self._session()]
+
+    def inject(self, *faults: dict[str, Any]) -> None:
+        """Have these faults, and no others, from the next step on."""
+        draft = self.faults.with_suffix(".draft")
+        draft.write_text(json.dumps({"faults": faults}))
+        draft.rename(self.faults)
+
+    def _session(self) -> list[psutil.Process]:
+        leaders = {
+            item.pid
+            for item in psutil.net_connections("tcp")
+            if item.pid and item.status == psutil.CONN_LISTEN and item.laddr.port == self.port
+        }
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if os.getsid(process.pid) in leaders:
+                    found.append(process)
+            except (OSError, psutil.NoSuchProcess):
+                continue
+        return found
+
+
+@dataclass(kw_only=True)
+class ForkHost(Process):
+    """What emulated engines are forked from."""
+
+    socket: Path
+
+    def wait_until_ready(self) -> None:
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while not self.socket.is_socket():
+            self.assert_alive()
+            assert time.monotonic() < deadline_s, "the fork host was not ready in time"
+            time.sleep(0.05)  # bounded polling of another process
+
+
+def fork_host(folder: Path) -> ForkHost:
+    """A fork host with its socket in the folder."""
+    socket = folder / "host.sock"
+    return ForkHost(
+        name="fork-host", argv=(*FORK_HOST_COMMAND, str(socket)), env=dict(SINGLE_THREADED), socket=socket,
+        log=folder / "fork-host.log",
+    )  # fmt: skip
+
+
+def emulated_engine(
+    name: str,
+    *,
+    host: ForkHost,
+    folder: Path,
+    key_file: Path,
+    role: str | None,
+    profile: str = "tiny",
+    flags: Sequence[str] = (),
+) -> EmulatedEngine:
+    """An emulated engine: with a role, or as the undivided reference."""
+    port = free_ports(1)[0]
+    argv = [
+        *FORKED_ENGINE_COMMAND, str(host.socket), "--emulate", profile, "--port", str(port), "--host", "127.0.0.1",
+        "--served-model-name", "model", "--block-size", str(BLOCK_SIZE), "--max-model-len", str(MAX_MODEL_LEN),
+    ]  # fmt: skip
+    faults = folder / f"{name}.faults.json"
+    return EmulatedEngine(
+        name=name,
+        argv=[*argv, *_role_flags(role, key_file), *flags],
+        log=folder / f"{name}.log",
+        env={"VLLM_NO_USAGE_STATS": "1", "VLLM_DISAGG_FAULTS": str(faults)},
+        port=port,
+        faults=faults,
+    )
+
+
 def engine(
     name: str, *, model: Path, index: int, folder: Path, key_file: Path, role: str | None, flags: Sequence[str] = ()
 ) -> Server:
@@ -137,12 +223,16 @@ def engine(
         "--served-model-name", "model", "--enforce-eager", "--block-size", str(BLOCK_SIZE), "--dtype", "float32",
         "--max-model-len", str(MAX_MODEL_LEN), "--kv-cache-memory-bytes", str(700_000_000),
     ]  # fmt: skip
-    if role is not None:
-        argv += ["--kv-role", role, "--kv-key-file", str(key_file)]
-    if role == "prefill":
-        argv += ["--kv-control-port", str(free_ports(1)[0])]
+    argv += _role_flags(role, key_file)
     env = {"VLLM_CPU_CI_ENV": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core(index)), "VLLM_NO_USAGE_STATS": "1"}
     return Server(name=name, argv=[*argv, *flags], log=folder / f"{name}.log", env=env, port=port)
+
+
+def _role_flags(role: str | None, key_file: Path) -> list[str]:
+    flags = [] if role is None else ["--kv-role", role, "--kv-key-file", str(key_file)]
+    if role == "prefill":
+        flags += ["--kv-control-port", str(free_ports(1)[0])]
+    return flags
 
 
 def proxy(*, prefill: Sequence[Server], decode: Sequence[Server], folder: Path, flags: Sequence[str] = ()) -> Server:

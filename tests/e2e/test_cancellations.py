@@ -24,9 +24,11 @@ def load(server: Server) -> tuple[float, float, float]:
     return metrics[names[0]], metrics[names[1]], metrics[names[2]]
 
 
-async def leave_early(http: aiohttp.ClientSession, url: str, index: int, rng: random.Random) -> bool:
+async def leave_early(
+    http: aiohttp.ClientSession, url: str, index: int, rng: random.Random, *, longest_wait_s: float
+) -> bool:
     """Send a request and leave after a random while. Whether the answer came first."""
-    length, wait_s = rng.choice([5, 20, 40, 90]), rng.uniform(0.0, 1.6)
+    length, wait_s = rng.choice([5, 20, 40, 90]), rng.uniform(0.0, longest_wait_s)
     body = {
         "model": "model", "prompt": cases.prompt_of(length, 10_000 + index), "max_tokens": 8, "ignore_eos": True,
         "stream": rng.random() < 0.5, "temperature": 0,
@@ -51,7 +53,7 @@ async def test_three_hundred_cancelled_requests_leave_no_block_behind(deployment
 
         async def one(index: int) -> bool:
             async with gate:
-                return await leave_early(http, deployment.proxy.url, index, rng)
+                return await leave_early(http, deployment.proxy.url, index, rng, longest_wait_s=1.6 * deployment.pace)
 
         answered = await asyncio.gather(*(one(index) for index in range(NUM_REQUESTS)))
     left_s = time.monotonic()

@@ -47,11 +47,12 @@ async def test_killed_under_load_and_restarted(deployment: Deployment) -> None:
     asked = requests(20_000)
     expected = await answers(deployment.undivided.url, asked)
 
-    under_way = asyncio.create_task(answers(deployment.proxy.url, asked))
-    await prefill_is_busy(deployment)
-    deployment.prefill.kill()
-    begun_s = time.monotonic()
-    got = await under_way
+    with deployment.slow_prefill():
+        under_way = asyncio.create_task(answers(deployment.proxy.url, asked))
+        await prefill_is_busy(deployment)
+        deployment.prefill.kill()
+        begun_s = time.monotonic()
+        got = await under_way
 
     print(
         f"answered {time.monotonic() - begun_s:.1f} s after the kill; routes",
@@ -72,13 +73,14 @@ async def test_frozen_under_load_and_thawed(deployment: Deployment) -> None:
     asked = requests(22_000)
     expected = await answers(deployment.undivided.url, asked)
 
-    under_way = asyncio.create_task(answers(deployment.proxy.url, asked))
-    await prefill_is_busy(deployment)
-    deployment.prefill.signal_all(signal.SIGSTOP)
-    try:
-        got = await under_way
-    finally:
-        deployment.prefill.signal_all(signal.SIGCONT)
+    with deployment.slow_prefill():
+        under_way = asyncio.create_task(answers(deployment.proxy.url, asked))
+        await prefill_is_busy(deployment)
+        deployment.prefill.signal_all(signal.SIGSTOP)
+        try:
+            got = await under_way
+        finally:
+            deployment.prefill.signal_all(signal.SIGCONT)
 
     assert [answer.token_ids for answer in got] == [answer.token_ids for answer in expected]
     deployment.decode.assert_alive()

@@ -54,7 +54,7 @@ async def test_a_shared_prefix_sent_twice(deployment: Deployment) -> None:
     assert deployment.decode.metrics(received)[received] - before == 120 + 24 + 24 + 24
 
 
-@pytest.mark.full
+@pytest.mark.heavy
 async def test_every_block_boundary(deployment: Deployment) -> None:
     blocks = range(1, 2000 // 32 + 1)
     lengths = [length for length in cases.boundaries(list(blocks)) if length <= 2000]
@@ -62,7 +62,7 @@ async def test_every_block_boundary(deployment: Deployment) -> None:
     await judge(deployment, cases.length_cases(lengths, seed=5000, max_tokens=4))
 
 
-@pytest.mark.full
+@pytest.mark.heavy
 async def test_many_lengths_chats_and_shapes(deployment: Deployment) -> None:
     lengths = [*range(1, 200, 7), MAX_MODEL_LEN - 1, MAX_MODEL_LEN - 2]
 

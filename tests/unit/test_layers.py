@@ -26,7 +26,8 @@ ALLOWED: dict[str, set[str]] = {
     "connector": {"errors", "config", "core", "transport"},
     "scheduler": {"errors", "config", "core", "connector", "seams"},
     "proxy": {"errors", "config", "core"},
-    "launcher": {"errors", "config", "folders", "core"},
+    "launcher": {"errors", "config", "folders", "core", "profiles"},
+    "emulation": {"errors", "config", "folders", "core", "profiles", "transport", "connector"},
 }
 """Part -> the parts it may import (itself always)."""
 

@@ -28,8 +28,12 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 SINGLE_THREADED: Final = {
-    name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
-} | {"TOKENIZERS_PARALLELISM": "false"}
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "RAYON_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 """Environment in which the imports start no threads: a fork carries only one over."""
 
 _PRELOADED: Final = (
@@ -39,7 +43,6 @@ _PRELOADED: Final = (
     "vllm.v1.engine.core",
     "vllm.v1.core.sched.scheduler",
     "vllm.v1.structured_output.backend_xgrammar",
-    "vllm.model_executor.models.llama",
     "vllm.transformers_utils.tokenizer",
     "transformers.models.auto.tokenization_auto",
     "vllm_disagg.connector",
@@ -168,8 +171,8 @@ def _become_engine(request: dict[str, Any], outputs: list[int]) -> NoReturn:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.setsid()
-        for number, descriptor in enumerate(outputs, start=1):
-            os.dup2(descriptor, number)
+        for standard, descriptor in enumerate(outputs, start=1):
+            os.dup2(descriptor, standard)
         os.closerange(3, 4096)
         os.environ.clear()
         os.environ.update(request["env"])
@@ -208,11 +211,13 @@ def _preload() -> None:
     for name in _PRELOADED:
         with contextlib.suppress(ImportError):  # one that is missing or has moved is imported by who needs it
             importlib.import_module(name)
-    from vllm.platforms import current_platform
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+    from vllm.model_executor.models.registry import ModelRegistry
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    assert current_platform is not None
+    # Known by its class, the architecture of the built-in shapes need not be looked at in a process of its own.
+    ModelRegistry.register_model("LlamaForCausalLM", LlamaForCausalLM)
     gc.collect()
     gc.freeze()  # the collector would otherwise write to every page that is shared
 

@@ -20,7 +20,7 @@ from vllm_disagg.core.fingerprint import check_compatible
 from vllm_disagg.errors import LaunchError
 from vllm_disagg.launcher.child import Child
 from vllm_disagg.launcher.console import Console
-from vllm_disagg.launcher.plan import EngineLaunch, LaunchPlan
+from vllm_disagg.launcher.plan import EngineLaunch, ForkHostLaunch, LaunchPlan
 
 _PROBE_EVERY_S = 0.5
 _PROBE_TIMEOUT = aiohttp.ClientTimeout(total=5.0)
@@ -28,6 +28,7 @@ _TAIL_LINES, _LINE_CHARS = 15, 300
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PROXY_START_S = 60.0
 _BACKOFF_FIRST_S, _BACKOFF_MOST_S = 1.0, 60.0
+_FORK_HOST = "fork-host"
 _STEADY_S = 300.0
 """An engine that served this long starts its back-off anew."""
 
@@ -78,6 +79,8 @@ class Deployment:
             IncompatiblePeer: a prefill and a decode engine cannot exchange KV.
         """
         started_s = time.monotonic()
+        if self.plan.fork_host is not None:
+            await self._start_fork_host(self.plan.fork_host, timeout_s=timeout_s)
         waiting = {engine.name for engine in self.plan.engines}
 
         async def bring_up(engine: EngineLaunch) -> None:
@@ -115,7 +118,13 @@ class Deployment:
         async def watch_proxy() -> None:
             raise LaunchError(await self._death_of("proxy"))
 
-        await self._all_or_first_error([*(watch(engine) for engine in self.plan.engines), watch_proxy()])
+        async def watch_fork_host() -> None:
+            if self.plan.fork_host is not None:
+                raise LaunchError(await self._death_of(_FORK_HOST))
+
+        await self._all_or_first_error(
+            [*(watch(engine) for engine in self.plan.engines), watch_proxy(), watch_fork_host()]
+        )
 
     def _on_stop_signal(self) -> None:
         """The first Ctrl-C or SIGTERM ends everything politely, a further one at once."""
@@ -142,6 +151,15 @@ class Deployment:
             return (await self._get_json(f"{engine.url}/health"))[0] == 200
 
         await self._until(healthy, child, timeout_s)
+
+    async def _start_fork_host(self, host: ForkHostLaunch, *, timeout_s: float) -> None:
+        child = await self._spawn(_FORK_HOST, host.argv, host.env)
+
+        async def listening() -> bool:
+            return await asyncio.to_thread(Path(host.socket).is_socket)
+
+        self._console.status("importing vLLM ...")
+        await self._until(listening, child, timeout_s)
 
     async def _start_proxy(self) -> None:
         child = await self._spawn("proxy", self.plan.proxy_argv, {})

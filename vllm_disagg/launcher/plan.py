@@ -5,14 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from vllm_disagg.config import Role
+from vllm_disagg.config import EngineSettings, ProxySettings, Role, default_of
 from vllm_disagg.errors import ConfigError
+from vllm_disagg.launcher.fork_host import SINGLE_THREADED
 from vllm_disagg.launcher.machine import Machine
 from vllm_disagg.launcher.settings import UpSettings, has_flag
 
 ENGINE_HOST = "127.0.0.1"
 ENGINE_COMMAND: tuple[str, ...] = (sys.executable, "-m", "vllm_disagg", "serve")
+FORKED_ENGINE_COMMAND: tuple[str, ...] = (
+    sys.executable, "-I", "-S", str(Path(__file__).with_name("forked_engine.py")),
+)  # fmt: skip
+FORK_HOST_COMMAND: tuple[str, ...] = (sys.executable, "-m", "vllm_disagg.launcher.fork_host")
 PROXY_COMMAND: tuple[str, ...] = (sys.executable, "-m", "vllm_disagg", "proxy")
 
 CPU_BLOCK_SIZE = 32
@@ -61,6 +67,15 @@ class EngineLaunch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ForkHostLaunch:
+    """The process that emulated engines are forked from, and the socket it makes when it is ready."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    socket: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchPlan:
     """All that `up` is going to start.
 
@@ -70,6 +85,7 @@ class LaunchPlan:
         proxy_url: where a client on this machine reaches it.
         notes: choices made for the user, each one line to print.
         warnings: what the user may want to change, each one line to print.
+        fork_host: started before the engines, which need it; None for engines that are processes of their own.
     """
 
     engines: tuple[EngineLaunch, ...]
@@ -77,6 +93,7 @@ class LaunchPlan:
     proxy_url: str
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    fork_host: ForkHostLaunch | None = None
 
 
 def ports_needed(settings: UpSettings) -> int:
@@ -90,6 +107,7 @@ def plan_launch(
     *,
     ports: Sequence[int],
     key_file: str,
+    folder: str = "",
     weights_bytes: int = 0,
     environ: Mapping[str, str] | None = None,
     engine_command: Sequence[str] = ENGINE_COMMAND,
@@ -102,6 +120,7 @@ def plan_launch(
         machine: what there is.
         ports: at least `ports_needed(settings)` free ports of loopback.
         key_file: the deployment key of this run.
+        folder: private to this run, for sockets and the like.
         weights_bytes: size of the model's weights; 0 where it is not known yet.
         environ: the user's environment, whose vLLM settings are respected.
         engine_command: what stands before the model; tests start something else than vLLM.
@@ -110,8 +129,17 @@ def plan_launch(
     Raises:
         ConfigError: the machine has fewer GPUs than asked for.
     """
-    places = _gpu_places(settings, machine) if machine.gpus else _cpu_places(settings, machine)
-    flags, notes = _cpu_defaults(settings, machine, weights_bytes, environ or {}) if not machine.gpus else ((), ())
+    host = None
+    if settings.emulate is not None:
+        places: list[Place] = [("emulated", {}, ())] * _num_engines(settings)
+        flags, notes = _emulation_flags(settings, folder), _emulation_notes(settings)
+        host = _fork_host(folder)
+        engine_command = (*FORKED_ENGINE_COMMAND, host.socket)
+    elif machine.gpus:
+        places, flags, notes = _gpu_places(settings, machine), (), ()
+    else:
+        places = _cpu_places(settings, machine)
+        flags, notes = _cpu_defaults(settings, machine, weights_bytes, environ or {})
     defaults = ((_QUIET_FLAG, _QUIET_PATHS), *flags)
     remaining = iter(ports)
     engines: list[EngineLaunch] = []
@@ -120,20 +148,60 @@ def plan_launch(
         port = next(remaining)
         control = ("--kv-control-port", str(next(remaining))) if role == "prefill" else ()
         argv = (
-            *engine_command, settings.model, "--host", ENGINE_HOST, "--port", str(port),
+            *engine_command, *((settings.model,) if settings.model else ()), "--host", ENGINE_HOST, "--port", str(port),
             "--kv-role", role, "--kv-key-file", key_file, *control,
             *_tp_flag(settings), *_unless_given(defaults, settings, role), *_user_arguments(settings, role),
         )  # fmt: skip
         engines.append(
             EngineLaunch(name=name, role=role, port=port, place=place, argv=argv, env={**_ENGINE_ENV, **env}, cpus=cpus)
         )
+    proxy_argv = (*proxy_command, "--host", settings.host, "--port", str(settings.port), *_proxy_timeouts(settings))
     return LaunchPlan(
         engines=tuple(engines),
-        proxy_argv=(*proxy_command, "--host", settings.host, "--port", str(settings.port), *_instance_flags(engines)),
+        proxy_argv=(*proxy_argv, *_instance_flags(engines)),
         proxy_url=f"http://{_reachable(settings.host)}:{settings.port}",
         notes=notes,
         warnings=_warnings(settings, machine),
+        fork_host=host,
     )
+
+
+def _fork_host(folder: str) -> ForkHostLaunch:
+    socket = str(Path(folder) / "fork-host.sock")
+    return ForkHostLaunch(argv=(*FORK_HOST_COMMAND, socket), env=SINGLE_THREADED, socket=socket)
+
+
+def _emulation_flags(settings: UpSettings, folder: str) -> tuple[tuple[str, ...], ...]:
+    """The emulation itself, and the deadlines of KV transfers in the devices' own, dilated time."""
+    assert settings.emulate is not None
+    deadlines = [
+        (f"--kv-{name.replace('_', '-')}", str(default_of(EngineSettings, name) * settings.dilation))
+        for name in ("lease_s", "pull_timeout_s")
+    ]
+    return (
+        ("--emulate", settings.emulate),
+        ("--dilation", str(settings.dilation)),
+        ("--emulate-link", settings.emulate_link),
+        ("--emulate-link-ledger", str(Path(folder) / "links")),
+        *(deadlines if settings.dilation > 1 else ()),
+    )
+
+
+def _proxy_timeouts(settings: UpSettings) -> tuple[str, ...]:
+    """The proxy's patience with dilated engines."""
+    if settings.emulate is None or settings.dilation <= 1:
+        return ()
+    names = ("prefill_timeout_s", "first_event_timeout_s", "idle_timeout_s")
+    return tuple(
+        part
+        for name in names
+        for part in (f"--{name.replace('_', '-')}", str(default_of(ProxySettings, name) * settings.dilation))
+    )
+
+
+def _emulation_notes(settings: UpSettings) -> tuple[str, ...]:
+    slower = f", {settings.dilation:g} times slower: divide times by that" if settings.dilation != 1 else ""
+    return (f"emulated devices after the profile {settings.emulate}{slower}; answers mean nothing",)
 
 
 Place = tuple[str, dict[str, str], tuple[int, ...]]
@@ -201,7 +269,7 @@ def _cpus_for(num_ranks: int, machine: Machine) -> list[int]:
 
 def _warnings(settings: UpSettings, machine: Machine) -> tuple[str, ...]:
     num_ranks, num_cpus = _num_engines(settings) * settings.tp, sum(map(len, machine.cores))
-    if machine.gpus or num_ranks <= num_cpus:
+    if settings.emulate is not None or machine.gpus or num_ranks <= num_cpus:
         return ()
     return (f"{num_ranks} engine ranks share {num_cpus} cores: expect each to be slower than alone",)
 

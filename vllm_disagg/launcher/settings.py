@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from vllm_disagg.config import ProxySettings, default_of, setting
@@ -16,6 +17,10 @@ OWNED_FLAGS: tuple[str, ...] = (
     "--kv-key-file",
     "--tensor-parallel-size",
     "-tp",
+    "--emulate",
+    "--dilation",
+    "--emulate-link",
+    "--emulate-link-ledger",
 )
 """Engine flags that `up` itself sets on every engine; given by hand they would contradict it."""
 
@@ -24,10 +29,21 @@ OWNED_FLAGS: tuple[str, ...] = (
 class UpSettings:
     """What the user asks `vllm-disagg up` for."""
 
-    model: str
+    model: str | None = None
     prefill: int = setting(1, "Number of prefill instances.")
     decode: int = setting(1, "Number of decode instances.")
     tp: int = setting(1, "Tensor-parallel size of every instance: that many GPUs, or core sets, each.")
+    emulate: str | None = setting(
+        None,
+        "Emulate the devices instead of computing: a profile by name, or the path of a JSON file. No GPU is needed, "
+        "and the model may be left out.",
+    )
+    dilation: float = setting(
+        1.0, "With --emulate: how many times slower than the profile the devices run. Divide measured times by it."
+    )
+    emulate_link: str = setting(
+        "none", "With --emulate: link whose time KV transfers take: none, nvlink, pcie5, 200g or 25g."
+    )
     host: str = setting(default_of(ProxySettings, "host"), "Address the proxy listens on. Engines stay on loopback.")
     port: int = setting(default_of(ProxySettings, "port"), "Port the proxy listens on.")
     engine_arg: tuple[str, ...] = setting(
@@ -45,6 +61,7 @@ class UpSettings:
     )
 
     def __post_init__(self) -> None:
+        self._check_emulation()
         for name in ("prefill", "decode", "tp"):
             _at_least_one(name, getattr(self, name))
         for name in ("start_timeout_s", "stop_grace_s"):
@@ -56,6 +73,16 @@ class UpSettings:
             for owned in OWNED_FLAGS:
                 if has_flag(getattr(self, name), owned):
                     raise ConfigError(f"--{name.replace('_', '-')}={owned}: `up` sets {owned} itself; leave it out")
+
+    def _check_emulation(self) -> None:
+        if self.emulate is None:
+            if self.model is None:
+                raise ConfigError("name a model, or a profile with --emulate")
+            for name in ("dilation", "emulate_link"):
+                if getattr(self, name) != default_of(UpSettings, name):
+                    raise ConfigError(f"--{name.replace('_', '-')} needs --emulate")
+        elif not (math.isfinite(self.dilation) and self.dilation > 0):
+            raise ConfigError(f"--dilation must be positive, not {self.dilation}")
 
 
 def has_flag(arguments: tuple[str, ...], flag: str) -> bool:

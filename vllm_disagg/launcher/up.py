@@ -21,6 +21,8 @@ from vllm_disagg.launcher.local import Deployment
 from vllm_disagg.launcher.machine import Machine, free_ports, require_free_port, this_machine
 from vllm_disagg.launcher.plan import ENGINE_COMMAND, PROXY_COMMAND, plan_launch, ports_needed
 from vllm_disagg.launcher.settings import UpSettings, has_flag
+from vllm_disagg.profiles import load_profile
+from vllm_disagg.profiles.shapes import SHAPES
 
 _MODEL_CONFIGS = ("config.json", "params.json")
 
@@ -64,7 +66,7 @@ async def deployed(
         ConfigError, VllmUnavailable: before anything is started.
         LaunchError, IncompatiblePeer: after everything has been stopped.
     """
-    model = check_model(settings.model)
+    model = _check_what_to_serve(settings)
     require_free_port(settings.host, settings.port)
     machine = machine or this_machine()
     log_dir = _log_dir(settings.log_dir)
@@ -76,6 +78,7 @@ async def deployed(
             machine,
             ports=free_ports(ports_needed(settings)),
             key_file=str(key_file),
+            folder=private,
             weights_bytes=_weights_bytes(model),
             environ=os.environ,
             engine_command=engine_command,
@@ -88,6 +91,15 @@ async def deployed(
         async with Deployment(plan, log_dir=log_dir, stop_grace_s=settings.stop_grace_s, console=console) as deployment:
             await deployment.start(timeout_s=settings.start_timeout_s)
             yield deployment
+
+
+def _check_what_to_serve(settings: UpSettings) -> Path | None:
+    if settings.emulate is not None:
+        load_profile(settings.emulate, model=settings.model if settings.model in SHAPES else None)
+        if settings.model is None or settings.model in SHAPES:
+            return None
+    assert settings.model is not None
+    return check_model(settings.model)
 
 
 def check_model(model: str) -> Path | None:
@@ -130,8 +142,9 @@ def _summary(settings: UpSettings, deployment: Deployment) -> str:
     body = msgspec.json.encode(
         {"model": _served_name(settings), "messages": [{"role": "user", "content": "What is the capital of France?"}]}
     ).decode()
+    kind = "emulated instances" if settings.emulate else "instances"
     return (
-        f"\n{settings.prefill} prefill and {settings.decode} decode instances of {settings.model} serve at {url}\n"
+        f"\n{settings.prefill} prefill and {settings.decode} decode {kind} of {_served_name(settings)} serve at {url}\n"
         f"logs: {deployment.log_dir}\n"
         f"try:\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}\n"
         "Ctrl-C stops everything"
@@ -143,5 +156,8 @@ def _served_name(settings: UpSettings) -> str:
     for index, argument in enumerate(arguments):
         if has_flag((argument,), "--served-model-name"):
             _, equals, value = argument.partition("=")
-            return value if equals else next(iter(arguments[index + 1 :]), settings.model)
+            return value if equals else arguments[index + 1]
+    if settings.model is None:
+        assert settings.emulate is not None
+        return load_profile(settings.emulate).model.name
     return settings.model
