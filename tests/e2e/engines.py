@@ -199,7 +199,8 @@ def emulated_engine(
     """An emulated engine: with a role, or as the undivided reference."""
     port = free_ports(1)[0]
     argv = [
-        *FORKED_ENGINE_COMMAND, str(host.socket), "--emulate", profile, "--port", str(port), "--host", "127.0.0.1",
+        *FORKED_ENGINE_COMMAND, str(host.socket), profile, "--emulate", profile,
+        "--port", str(port), "--host", "127.0.0.1",
         "--served-model-name", "model", "--block-size", str(BLOCK_SIZE), "--max-model-len", str(MAX_MODEL_LEN),
     ]  # fmt: skip
     faults = folder / f"{name}.faults.json"

@@ -148,7 +148,7 @@ def plan_launch(
         port = next(remaining)
         control = ("--kv-control-port", str(next(remaining))) if role == "prefill" else ()
         argv = (
-            *engine_command, *((settings.model,) if settings.model else ()), "--host", ENGINE_HOST, "--port", str(port),
+            *engine_command, settings.model or "", "--host", ENGINE_HOST, "--port", str(port),
             "--kv-role", role, "--kv-key-file", key_file, *control,
             *_tp_flag(settings), *_unless_given(defaults, settings, role), *_user_arguments(settings, role),
         )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import shlex
 import tempfile
@@ -39,6 +40,7 @@ def run_up(settings: UpSettings, console: Console | None = None) -> None:
 
 
 async def _up(settings: UpSettings, console: Console) -> None:
+    settings, _ = _what_to_serve(settings)
     async with deployed(settings, console) as deployment:
         console.line(_summary(settings, deployment))
         await deployment.serve(restart=settings.restart)
@@ -66,7 +68,7 @@ async def deployed(
         ConfigError, VllmUnavailable: before anything is started.
         LaunchError, IncompatiblePeer: after everything has been stopped.
     """
-    model = _check_what_to_serve(settings)
+    settings, model = _what_to_serve(settings)
     require_free_port(settings.host, settings.port)
     machine = machine or this_machine()
     log_dir = _log_dir(settings.log_dir)
@@ -93,13 +95,15 @@ async def deployed(
             yield deployment
 
 
-def _check_what_to_serve(settings: UpSettings) -> Path | None:
+def _what_to_serve(settings: UpSettings) -> tuple[UpSettings, Path | None]:
+    """The settings with a model's name, and the folder or file of a model that lies here."""
     if settings.emulate is not None:
-        load_profile(settings.emulate, model=settings.model if settings.model in SHAPES else None)
-        if settings.model is None or settings.model in SHAPES:
-            return None
+        profile = load_profile(settings.emulate, model=settings.model if settings.model in SHAPES else None)
+        settings = dataclasses.replace(settings, model=settings.model or profile.model.name)
+        if settings.model == profile.model.name:
+            return settings, None
     assert settings.model is not None
-    return check_model(settings.model)
+    return settings, check_model(settings.model)
 
 
 def check_model(model: str) -> Path | None:
@@ -157,7 +161,5 @@ def _served_name(settings: UpSettings) -> str:
         if has_flag((argument,), "--served-model-name"):
             _, equals, value = argument.partition("=")
             return value if equals else arguments[index + 1]
-    if settings.model is None:
-        assert settings.emulate is not None
-        return load_profile(settings.emulate).model.name
+    assert settings.model is not None
     return settings.model
