@@ -23,6 +23,9 @@ ROLES: tuple[str, ...] = get_args(Role)
 KEY_ENV = "VLLM_DISAGG_KEY"
 """Environment variable that may hold the deployment key itself instead of a file."""
 
+EMULATED_HEADER = "x-vllm-disagg-emulated"
+"""Response header that marks what an emulated engine answered; the proxy passes it on."""
+
 
 def setting(default: Any, help_text: str) -> Any:
     """A dataclass field with its help text, the single source for `--help` and `docs/settings.md`."""

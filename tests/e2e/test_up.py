@@ -28,15 +28,14 @@ START_S, END_S = 240, 60
 class Up:
     """A running `vllm-disagg up`, and every process that was ever seen below it."""
 
-    def __init__(self, log_dir: Path, *arguments: str) -> None:
-        self.port = free_ports(1)[0]
+    def __init__(self, log_dir: Path, model: str, *arguments: str) -> None:
+        self.port, self.model = free_ports(1)[0], model
         self.log_dir = log_dir
         self._output = (log_dir / "up.out").open("w+")
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "vllm_disagg", "up", str(tiny_llama_path()), "--port", str(self.port)),
-                *("--log-dir", str(log_dir), "--engine-arg=--max-model-len=1024"),
-                *("--engine-arg=--kv-cache-memory-bytes=268435456", *arguments),
+                *(sys.executable, "-m", "vllm_disagg", "up", model, "--port", str(self.port)),
+                *("--log-dir", str(log_dir), "--engine-arg=--max-model-len=1024", *arguments),
             ],
             stdout=subprocess.DEVNULL,
             stderr=self._output,
@@ -53,9 +52,13 @@ class Up:
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def engine_port(self, name: str) -> int:
+        """Where one engine's API server listens."""
+        return int(self.output.partition(f"{name}: ")[2].partition("http://127.0.0.1:")[2].partition(",")[0])
+
     def engine(self, name: str) -> psutil.Process:
         """The API server of one engine."""
-        port = self.output.partition(f"{name}: ")[2].partition("http://127.0.0.1:")[2].partition(",")[0]
+        port = str(self.engine_port(name))
         return next(
             process
             for process in self.descendants()
@@ -64,19 +67,31 @@ class Up:
 
     def ask(self) -> tuple[str | None, dict[str, Any]]:
         """One completion: the route it took, and its body."""
-        body = {"model": str(tiny_llama_path()), "prompt": "abc " * 20, "max_tokens": 5, "temperature": 0}
+        headers, answer = self.completion()
+        return headers["x-disagg-route"], answer
+
+    def completion(self) -> tuple[dict[str, str], dict[str, Any]]:
+        """One completion: its headers and body."""
+        body = {"model": self.model, "prompt": "abc " * 20, "max_tokens": 5, "temperature": 0}
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/v1/completions",
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.headers["X-Disagg-Route"], json.load(answer)
+            return {name.lower(): value for name, value in answer.headers.items()}, json.load(answer)
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
         self._output.close()
+
+
+def listens(process: psutil.Process, port: int) -> bool:
+    try:
+        return any(each.laddr.port == port for each in process.net_connections("tcp") if each.status == "LISTEN")
+    except psutil.Error:
+        return False
 
 
 def wait_for(condition: Any, within_s: float) -> None:
@@ -94,8 +109,11 @@ def assert_gone(processes: list[psutil.Process], *, within_s: float = END_S) -> 
 
 
 @contextmanager
-def up(tmp_path: Path, *arguments: str) -> Iterator[Up]:
-    running = Up(tmp_path, *arguments)
+def up(tmp_path: Path, *arguments: str, model: str | None = None) -> Iterator[Up]:
+    real = ("--engine-arg=--kv-cache-memory-bytes=268435456",)
+    running = (
+        Up(tmp_path, str(tiny_llama_path()), *real, *arguments) if model is None else Up(tmp_path, model, *arguments)
+    )
     try:
         yield running
     finally:
@@ -143,6 +161,36 @@ def test_a_launcher_killed_while_engines_start_leaves_nothing(tmp_path: Path) ->
         running.process.kill()
 
         assert_gone(everything)
+
+
+def test_emulated_engines_serve_and_a_killed_launcher_leaves_nothing(tmp_path: Path) -> None:
+    asked = ("--emulate", "tiny", "--prefill", "2", "--decode", "2", "--dilation", "2", "--emulate-link", "25g")
+    with up(tmp_path, *asked, model="tiny") as running:
+        running.wait_until(READY_LINE)
+        headers, answer = running.completion()
+        everything = running.descendants()
+
+        assert headers["x-disagg-route"] == "split" and answer["usage"]["completion_tokens"] == 5
+        assert headers["x-vllm-disagg-emulated"] == "emulated tiny dilation=2"
+        assert (
+            len(everything) >= 20
+        )  # a fork host, four engines of two processes, what stands for them, wardens, a proxy
+
+        running.process.kill()
+
+        assert_gone(everything)
+
+
+def test_the_death_of_an_emulated_engine_is_reported_and_it_is_started_again(tmp_path: Path) -> None:
+    with up(tmp_path, "--emulate", "tiny", "--restart", model="tiny") as running:
+        running.wait_until(READY_LINE)
+        api_server = next(each for each in running.descendants() if listens(each, running.engine_port("prefill-0")))
+
+        api_server.kill()
+        running.wait_until("prefill-0: starting again", within_s=30)
+
+        assert "prefill-0 was killed by signal 9" in running.output
+        wait_for(lambda: running.ask()[0] == "split", 30)
 
 
 def test_a_decode_engine_of_another_dtype_is_refused(tmp_path: Path) -> None:

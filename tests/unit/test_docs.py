@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from vllm_disagg.config import EngineSettings, ProxySettings, default_of
 from vllm_disagg.connector.holds import HoldEvent
 from vllm_disagg.connector.peers import HELLO_TIMEOUT_S
 from vllm_disagg.core.policy import LOCAL_REASONS, REFUSE_REASONS
+from vllm_disagg.emulation.settings import EmulationSettings
 from vllm_disagg.frontend import RELEASE_TIMEOUT_S
 from vllm_disagg.launcher.settings import UpSettings
 from vllm_disagg.proxy.metrics import METRICS, ProxyMetrics
@@ -80,7 +82,9 @@ def options_of(command: str, cls: type) -> dict[str, str]:
     """The real options of a command, with the defaults of its settings."""
     return {
         (item.name or "").upper() if isinstance(item, click.Argument) else item.opts[0]: (
-            "required" if isinstance(item, click.Argument) else shown(default_of(cls, item.name or ""))
+            ("required" if item.required else "none")
+            if isinstance(item, click.Argument)
+            else shown(default_of(cls, item.name or ""))
         )
         for item in cli.cli.commands[command].params
     }
@@ -109,8 +113,16 @@ def test_engine_flags_and_their_defaults() -> None:
         flag: shown(default_of(EngineSettings, name)) for name, (flag, _) in engine_flags._FLAGS.items()
     }
 
+    emulated = {
+        f"--{item.name.replace('_', '-')}": shown(item.default or None)
+        if isinstance(item.default, str)
+        else shown(item.default)
+        for item in dataclasses.fields(EmulationSettings)
+    }
+
     assert columns("docs/settings.md", "## Engines") == expected
-    assert set(expected) == engine_options()
+    assert columns("docs/settings.md", "## Emulated devices") == emulated
+    assert set(expected) | set(emulated) == engine_options()
 
 
 @pytest.mark.parametrize("flag", engine_flags._CONFLICTS.values())

@@ -57,6 +57,35 @@ def test_1p1d_on_two_cores() -> None:
     assert option(decode, "--kv-control-port") is None
 
 
+def test_emulated_engines_are_forked_and_take_no_cores() -> None:
+    settings = UpSettings(model="tiny", prefill=2, decode=2, emulate="tiny", dilation=3.0, emulate_link="25g")
+    launch = plan(settings, make_machine(cores=1), folder="/run/private")
+
+    assert launch.fork_host is not None and launch.fork_host.argv[-1] == launch.fork_host.socket
+    assert launch.fork_host.env["OMP_NUM_THREADS"] == "1"
+    assert launch.warnings == ()
+    assert "3 times slower" in launch.notes[0]
+    for engine in launch.engines:
+        assert engine.argv[4:6] == (launch.fork_host.socket, "tiny")
+        assert (engine.cpus, "VLLM_CPU_OMP_THREADS_BIND" in engine.env) == ((), False)
+        assert option(engine, "--dilation") == "3.0"
+        assert option(engine, "--emulate-link") == "25g"
+        assert option(engine, "--emulate-link-ledger") == "/run/private/links"
+        assert option(engine, "--kv-lease-s") == "90.0"
+        assert option(engine, "--kv-pull-timeout-s") == "30.0"
+    assert launch.proxy_argv[launch.proxy_argv.index("--prefill-timeout-s") + 1] == "360.0"
+
+
+def test_a_users_own_deadline_is_not_dilated() -> None:
+    settings = UpSettings(model="tiny", emulate="tiny", dilation=3.0, engine_arg=("--kv-lease-s=7",))
+
+    assert [option(engine, "--kv-lease-s") for engine in plan(settings).engines] == [None, None]
+
+
+def test_engines_that_compute_need_no_fork_host() -> None:
+    assert plan().fork_host is None
+
+
 def test_every_port_is_used_once() -> None:
     settings = UpSettings(model="m", prefill=2, decode=3)
     launch = plan(settings, make_machine(cores=8))
@@ -174,6 +203,9 @@ def test_too_few_gpus_is_an_error_that_counts_them() -> None:
         ({"engine_arg": ("--port=1",)}, "sets --port itself"),
         ({"decode_arg": ("--tensor_parallel_size", "2")}, "sets --tensor-parallel-size itself"),
         ({"start_timeout_s": 0.0}, "--start-timeout-s must be positive"),
+        ({"dilation": 2.0}, "--dilation needs --emulate"),
+        ({"emulate": "tiny", "dilation": 0.0}, "--dilation must be positive, not 0.0"),
+        ({"emulate": "tiny", "engine_arg": ("--dilation=2",)}, "sets --dilation itself"),
     ],
 )
 def test_contradictory_settings_are_refused_by_name(wrong: dict[str, Any], message: str) -> None:

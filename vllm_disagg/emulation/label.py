@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from vllm_disagg.config import EMULATED_HEADER
 from vllm_disagg.emulation.settings import EmulationSettings, label_of
-
-HEADER = "x-vllm-disagg-emulated"
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -32,7 +31,10 @@ class EmulationLabel:
 
         async def labelled(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (HEADER.encode(), label.encode("ascii", "replace"))]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (EMULATED_HEADER.encode(), label.encode("ascii", "replace")),
+                ]
             await send(message)
 
         await self._app(scope, receive, labelled)

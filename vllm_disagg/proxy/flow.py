@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from starlette.types import Message, Send
 
+from vllm_disagg.config import EMULATED_HEADER
 from vllm_disagg.core.policy import Route
 from vllm_disagg.core.shapes import Api, certainly_shorter, estimate_tokens, unsplittable
 from vllm_disagg.core.types import new_transfer_id
@@ -80,6 +81,7 @@ class Flow:
         self._place = ExitStack()
         self._hold: Hold | None = None
         self._num_legs = 0
+        self._emulated: str | None = None
         self.route: Route = "refuse"
         self.reason = "no_decode"
         self.phase = "admit"
@@ -206,6 +208,7 @@ class Flow:
         )  # fmt: skip
         async with Upstream(self._services.http, instance) as leg:
             await self._open(leg, encode(body), deadline_s)
+            self._emulated = leg.header(EMULATED_HEADER)
             if leg.status == 200 and self._stream:
                 events = Events(leg)
                 first = await events.first(deadline_s=deadline_s)
@@ -302,4 +305,6 @@ class Flow:
             headers["X-Disagg-Reason"] = self.reason
         if timing := self._clock.header():
             headers["Server-Timing"] = timing
+        if self._emulated is not None:
+            headers[EMULATED_HEADER] = self._emulated
         return headers

@@ -77,6 +77,11 @@ class Upstream:
         assert self._answer is not None
         return self._answer.status
 
+    def header(self, name: str) -> str | None:
+        """One header of the answer."""
+        assert self._answer is not None
+        return self._answer.headers.get(name)
+
     async def open(
         self, method: str, path: str, *, deadline_s: float, headers: Mapping[str, str], body: bytes | None = None
     ) -> None:
