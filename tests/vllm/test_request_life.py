@@ -93,12 +93,6 @@ class Pair:
         self.decode.stop()
 
 
-@pytest.fixture(autouse=True)
-def no_parallel_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There are no worker processes here, so vLLM's rank groups do not exist; this worker is rank 0."""
-    monkeypatch.setattr(support, "worker_rank", lambda: (0, 0))
-
-
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[Pair]:
     engines = Pair(tmp_path)
