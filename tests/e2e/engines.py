@@ -21,6 +21,7 @@ import psutil
 from vllm_disagg.launcher.fork_host import SINGLE_THREADED
 from vllm_disagg.launcher.machine import free_ports
 from vllm_disagg.launcher.plan import FORK_HOST_COMMAND, FORKED_ENGINE_COMMAND
+from vllm_disagg.profiles import load_profile
 
 START_TIMEOUT_S = 240.0
 BLOCK_SIZE = 32
@@ -194,14 +195,15 @@ def emulated_engine(
     key_file: Path,
     role: str | None,
     profile: str = "tiny",
+    block_size: int = BLOCK_SIZE,
     flags: Sequence[str] = (),
 ) -> EmulatedEngine:
     """An emulated engine: with a role, or as the undivided reference."""
     port = free_ports(1)[0]
     argv = [
-        *FORKED_ENGINE_COMMAND, str(host.socket), profile, "--emulate", profile,
+        *FORKED_ENGINE_COMMAND, str(host.socket), load_profile(profile).model.name, "--emulate", profile,
         "--port", str(port), "--host", "127.0.0.1",
-        "--served-model-name", "model", "--block-size", str(BLOCK_SIZE), "--max-model-len", str(MAX_MODEL_LEN),
+        "--served-model-name", "model", "--block-size", str(block_size), "--max-model-len", str(MAX_MODEL_LEN),
     ]  # fmt: skip
     faults = folder / f"{name}.faults.json"
     return EmulatedEngine(
