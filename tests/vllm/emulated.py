@@ -102,6 +102,7 @@ class Engine:
         *,
         kv_params: dict[str, Any] | None = None,
         name: str | None = None,
+        priority: int = 0,
     ) -> str:
         """Send a request in, as the API server does. Returns its id."""
         sampling = sampling.clone()
@@ -109,7 +110,8 @@ class Engine:
         if kv_params is not None:
             sampling.extra_args = {"kv_transfer_params": kv_params}
         name = name or f"request-{next(_numbers)}"
-        request = self.inputs.process_inputs(name, tokens_input(list(token_ids)), sampling, ("generate",))
+        prompt = tokens_input(list(token_ids))
+        request = self.inputs.process_inputs(name, prompt, sampling, ("generate",), arrival_time=0.0, priority=priority)
         self.answers[name] = Answer(num_logprobs=sampling.logprobs or 0)
         self.core.add_request(*self.core.preprocess_add_request(request))
         return name
@@ -221,10 +223,15 @@ class Decision:
             preempted=tuple(sorted(output.preempted_req_ids or ())),
             finished=tuple(sorted(output.finished_req_ids)),
             blocks=(
-                *((request.req_id, request.block_ids) for request in output.scheduled_new_reqs),
-                *zip(cached.req_ids, cached.new_block_ids, strict=True),
+                *((request.req_id, _copied(request.block_ids)) for request in output.scheduled_new_reqs),
+                *zip(cached.req_ids, map(_copied, cached.new_block_ids), strict=True),
             ),
         )
+
+
+def _copied(blocks: Any) -> tuple[tuple[int, ...], ...]:
+    """vLLM's model runner lets the scheduler's lists grow."""
+    return tuple(tuple(group) for group in blocks or ())
 
 
 def emulated(*flags: str, profile: str = "tiny") -> Engine:

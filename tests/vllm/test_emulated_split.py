@@ -382,7 +382,9 @@ def test_without_a_fault_the_gates_change_nothing(tmp_path: Path) -> None:
 
     answers = split.answers(prompts, wishes)
 
-    assert [answer.words for answer in answers] == [whole.answer(*pair).words for pair in zip(prompts, wishes)]
+    assert [answer.words for answer in answers] == [
+        whole.answer(*pair).words for pair in zip(prompts, wishes, strict=True)
+    ]
     for engine in (split, whole):
         engine.settle()
         engine.stop()
