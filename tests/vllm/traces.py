@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tests.vllm.emulated import Engine
 
 MAX_MODEL_LEN = 640
+BLOCKS = "num-gpu-blocks-override"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +86,8 @@ class Trace:
 def traces() -> list[Trace]:
     """All of them. The first few are of every kind."""
     found = [
-        _trace(0, 12, long=True, flags={"num-gpu-blocks-override": "24"}, preempts=True, chunks=True),
-        _trace(1, 20, shared=0.8, flags={"block-size": "64", "num-gpu-blocks-override": "24"}, hits=True),
+        _trace(0, 12, long=True, flags={BLOCKS: "24"}, preempts=True, chunks=True),
+        _trace(1, 20, shared=0.8, flags={"block-size": "64", BLOCKS: "24"}, hits=True),
         _trace(
             2,
             14,
@@ -94,13 +95,13 @@ def traces() -> list[Trace]:
             steps=30,
             gone=0.3,
             shared=0.5,
-            flags={"num-gpu-blocks-override": "26"},
+            flags={BLOCKS: "26"},
             preempts=True,
             hits=True,
         ),
     ]
     for seed, (block_size, num_blocks) in enumerate([(32, 30), (32, 38), (64, 16), (64, 20), (128, 10), (128, 14)]):
-        blocks = {"block-size": str(block_size), "num-gpu-blocks-override": str(num_blocks)}
+        blocks = {"block-size": str(block_size), BLOCKS: str(num_blocks)}
         few = {"max-num-seqs": str(3 + 5 * seed), "max-num-batched-tokens": str(64 << seed % 4)}
         found += [
             _trace(10 + seed, 20, flags=blocks | few),
@@ -108,11 +109,11 @@ def traces() -> list[Trace]:
             _trace(30 + seed, 24, long=True, flags=blocks, preempts=True),
         ]
     found += [
-        _trace(50, 20, shared=0.7, flags={"no-enable-prefix-caching": "", "num-gpu-blocks-override": "36"}),
-        _trace(51, 20, long=True, flags={"scheduling-policy": "priority", "num-gpu-blocks-override": "28"}, preempts=True),
-        _trace(52, 20, steps=20, flags={"long-prefill-token-threshold": "48", "num-gpu-blocks-override": "40"}),
-        _trace(53, 30, steps=60, gone=0.4, shared=0.6, flags={"num-gpu-blocks-override": "30"}, hits=True),
-        _trace(54, 24, long=True, steps=40, flags={"num-gpu-blocks-override": "24", "max-num-seqs": "8"}, preempts=True),
+        _trace(50, 20, shared=0.7, flags={"no-enable-prefix-caching": "", BLOCKS: "36"}),
+        _trace(51, 20, long=True, flags={"scheduling-policy": "priority", BLOCKS: "28"}, preempts=True),
+        _trace(52, 20, steps=20, flags={"long-prefill-token-threshold": "48", BLOCKS: "40"}),
+        _trace(53, 30, steps=60, gone=0.4, shared=0.6, flags={BLOCKS: "30"}, hits=True),
+        _trace(54, 24, long=True, steps=40, flags={BLOCKS: "24", "max-num-seqs": "8"}, preempts=True),
     ]  # fmt: skip
     return found
 
