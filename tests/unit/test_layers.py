@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "proxy": {"errors", "config", "core"},
     "launcher": {"errors", "config", "folders", "core", "profiles"},
     "emulation": {"errors", "config", "folders", "core", "profiles", "transport", "connector"},
+    "profiler": {"errors", "core", "profiles", "emulation"},
 }
 """Part -> the parts it may import (itself always)."""
 

@@ -90,9 +90,7 @@ def _set_model(namespace: Namespace, model: str | None, profile: Profile) -> Non
 
 
 def _set_engine(namespace: Namespace, settings: EmulationSettings, profile: Profile) -> None:
-    from vllm_disagg.emulation.executor import EmulatedExecutor
-
-    namespace.distributed_executor_backend = EmulatedExecutor
+    namespace.distributed_executor_backend = _executor(namespace)
     namespace.load_format = "dummy"
     namespace.enforce_eager = True
     namespace.additional_config = {**(namespace.additional_config or {}), CONFIG_KEY: settings.to_config()}
@@ -102,6 +100,24 @@ def _set_engine(namespace: Namespace, settings: EmulationSettings, profile: Prof
             setattr(namespace, name, value)
     if hasattr(namespace, "middleware"):
         namespace.middleware = [*(namespace.middleware or []), LABEL]
+
+
+def _executor(namespace: Namespace) -> Any:
+    """Ours, or one that the user has made of it."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from vllm_disagg.emulation.executor import EmulatedExecutor
+
+    given = getattr(namespace, "distributed_executor_backend", None)
+    if given is None:
+        return EmulatedExecutor
+    found = resolve_obj_by_qualname(given) if isinstance(given, str) and "." in given else given
+    if not (isinstance(found, type) and issubclass(found, EmulatedExecutor)):
+        raise ConfigError(
+            f"--emulate brings its own executor, and --distributed-executor-backend {given!r} is none of its kind: "
+            "leave it out"
+        )
+    return found
 
 
 def _batch_defaults(profile: Profile) -> tuple[int, int]:
@@ -124,8 +140,7 @@ def _require_cpu() -> None:
 
 
 def _refuse_conflicts(namespace: Namespace) -> None:
-    if getattr(namespace, "distributed_executor_backend", None) is not None:
-        raise ConfigError("--emulate and --distributed-executor-backend exclude each other: give one of the two")
+    _executor(namespace)
     if getattr(namespace, "speculative_config", None):
         raise ConfigError("--emulate does not model speculative decoding: leave --speculative-config out")
     if getattr(namespace, "enable_lora", False):

@@ -1,0 +1,1 @@
+"""Measures engines: what each step computed and how long it took."""
