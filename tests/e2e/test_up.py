@@ -216,13 +216,13 @@ def test_an_argument_vllm_refuses_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--kv-role", "both"), "invalid choice: 'both'"),
-        (("--kv-lease-s", "5"), "--kv-lease-s needs --kv-role"),
+        (("org/model", "--kv-role", "both"), "invalid choice: 'both'"),
+        (("org/model", "--kv-lease-s", "5"), "--kv-lease-s needs --kv-role"),
     ],
 )
 def test_serve_refuses_wrong_flags_in_one_line(arguments: tuple[str, ...], message: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "vllm_disagg", "serve", "org/model", *arguments],
+        [sys.executable, "-m", "vllm_disagg", "serve", *arguments],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 

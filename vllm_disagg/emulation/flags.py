@@ -12,6 +12,7 @@ from vllm_disagg.config import default_of, help_of
 from vllm_disagg.core.profile import Profile
 from vllm_disagg.emulation.models import check_shape, model_folder
 from vllm_disagg.emulation.settings import CONFIG_KEY, EmulationSettings
+from vllm_disagg.emulation.shape import CacheShape, emulated_heads
 from vllm_disagg.errors import ConfigError
 from vllm_disagg.profiles import load_profile
 from vllm_disagg.profiles.shapes import SHAPES
@@ -51,7 +52,7 @@ def apply(namespace: Namespace) -> None:
     _refuse_conflicts(namespace)
     model = getattr(namespace, "model_tag", None) or _own_model(namespace)
     settings, profile = _with_profile(settings, model)
-    profile.entry(getattr(namespace, "tensor_parallel_size", None) or 1)
+    _check_parallelism(namespace, settings, profile)
     _set_model(namespace, model, profile)
     _set_engine(namespace, settings, profile)
 
@@ -62,6 +63,18 @@ def _with_profile(settings: EmulationSettings, model: str | None) -> tuple[Emula
     path = Path(settings.emulate)
     where = str(path.absolute()) if path.suffix and path.exists() else settings.emulate
     return dataclasses.replace(settings, emulate=where, emulate_model=profile.model.name), profile
+
+
+def _check_parallelism(namespace: Namespace, settings: EmulationSettings, profile: Profile) -> None:
+    tp, pp = (getattr(namespace, f"{kind}_parallel_size", None) or 1 for kind in ("tensor", "pipeline"))
+    profile.kv_capacity_tokens(tp, pp)
+    shape = CacheShape(
+        num_groups=settings.emulate_layer_groups,
+        num_heads=emulated_heads(profile.model.num_kv_heads),
+        block_size=_BLOCK_SIZE,
+    )
+    shape.groups_of(0, pp)
+    shape.heads_of(0, tp)
 
 
 def _own_model(namespace: Namespace) -> str | None:
@@ -95,9 +108,9 @@ def _set_engine(namespace: Namespace, settings: EmulationSettings, profile: Prof
     namespace.enforce_eager = True
     namespace.additional_config = {**(namespace.additional_config or {}), CONFIG_KEY: settings.to_config()}
     tokens, seqs = _batch_defaults(profile)
-    for name, value in (("block_size", _BLOCK_SIZE), ("max_num_batched_tokens", tokens), ("max_num_seqs", seqs)):
-        if getattr(namespace, name, None) is None:
-            setattr(namespace, name, value)
+    _default(namespace, "block_size", _BLOCK_SIZE)
+    _default(namespace, "max_num_batched_tokens", tokens)
+    _default(namespace, "max_num_seqs", min(seqs, namespace.max_num_batched_tokens))
     if hasattr(namespace, "middleware"):
         namespace.middleware = [*(namespace.middleware or []), LABEL]
 
@@ -118,6 +131,11 @@ def _executor(namespace: Namespace) -> Any:
             "leave it out"
         )
     return found
+
+
+def _default(namespace: Namespace, name: str, value: Any) -> None:
+    if getattr(namespace, name, None) is None:
+        setattr(namespace, name, value)
 
 
 def _batch_defaults(profile: Profile) -> tuple[int, int]:
