@@ -3,6 +3,7 @@
     DisaggError
     |-- ConfigError            the user edits a setting or a flag; commands print it on one line and exit 2
     |   `-- KeyFileError       the deployment key cannot be read or made
+    |-- NoFeasiblePlacement    an answer, not a crash: nothing meets the targets, or the model fits nowhere
     |-- VllmUnavailable        no vLLM here, or one whose seams have moved
     |-- IncompatiblePeer       two engines do not fit; both refuse at the handshake and name the factor
     |-- TransferError          this request recomputes its prompt on the decode instance
@@ -29,6 +30,10 @@ class ConfigError(DisaggError):
 
 class KeyFileError(ConfigError):
     """The deployment key is missing, unreadable, too short, or readable by others."""
+
+
+class NoFeasiblePlacement(DisaggError):
+    """No placement can do what was asked. The text says what stands in the way and what the nearest is that can be."""
 
 
 class VllmUnavailable(DisaggError):
