@@ -88,10 +88,9 @@ class EmulatedExecutor(Executor):
         parallel, profile = self.parallel_config, load_profile(settings.emulate, model=settings.emulate_model or None)
         self._latency = profile.entry(parallel.tensor_parallel_size).latency
         self._vocabulary = vocabulary_of(self.model_config, settings.emulate_output_tokens)
-        self._vocab_size = self.model_config.get_vocab_size()
         self._block_size = self.cache_config.block_size
         seed = seed_of(profile.model.name)
-        self._requests = RequestTable(seed, self._vocab_size)
+        self._requests = RequestTable(seed, self._vocabulary.size)
         self._faults = Faults.from_environment()
         self._clock = DeviceClock(
             num_stages=parallel.pipeline_parallel_size,
@@ -121,7 +120,7 @@ class EmulatedExecutor(Executor):
         self._collects_late = settings.emulate_hook_order == "v2"
         self._launched: _Step | None = None
         self._num_steps = 0
-        self._punctuality = Punctuality()
+        self._punctuality = Punctuality() if settings.dilation else None
         logger.warning(
             "emulation.start %s: step times of %s (%s); no model is computed, answers mean nothing",
             label_of(settings), profile.device, profile.kind,
@@ -218,7 +217,9 @@ class EmulatedExecutor(Executor):
         }
 
     def _wait(self, launched: _Step) -> None:
-        self._punctuality.step(wait_until(launched.deadline_s))
+        late_s = wait_until(launched.deadline_s)
+        if self._punctuality is not None:
+            self._punctuality.step(late_s)
         if not self._overlaps and not self._collects_late:
             self._collect(launched)
 
@@ -232,12 +233,7 @@ class EmulatedExecutor(Executor):
             req_id_to_index={request_id: index for index, request_id in enumerate(ids)},
             sampled_token_ids=[[chosen[request_id].token_id] if request_id in chosen else [] for request_id in ids],
             logprobs=outputs.logprobs_lists(launched.parts, chosen),
-            prompt_logprobs_dict={
-                part.state.request_id: outputs.prompt_logprobs(part.state, self._vocabulary, self._vocab_size)
-                for part in launched.parts
-                if part.state.prompt_logprobs is not None
-                and part.state.num_computed < part.state.prompt_len <= part.end
-            },
+            prompt_logprobs_dict=outputs.take_prompt_logprobs(launched.parts, self._vocabulary),
         )
 
     def _aggregated(self, output: ModelRunnerOutput, launched: _Step) -> ModelRunnerOutput:

@@ -63,7 +63,7 @@ class Faults:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._read: tuple[int, int] | None = None
+        self._seen: tuple[int, ...] | None = None
         self._faults: tuple[Fault, ...] = ()
 
     @classmethod
@@ -97,17 +97,12 @@ class Faults:
             return ()
         try:
             status = self._path.stat()
-            found = (status.st_mtime_ns, status.st_size)
-            if found != self._read:
-                self._faults = parse_faults(json.loads(self._path.read_text(encoding="utf-8")))
-                self._read = found
-                logger.warning("emulation.faults file=%s %s", self._path, self._faults)
-        except FileNotFoundError:
-            self._faults, self._read = (), None
-        except (OSError, ValueError, ConfigError) as error:
-            if self._read is not None or not self._faults:
-                logger.warning("emulation.faults_unreadable file=%s error=%s", self._path, error)
-            self._faults, self._read = (), None
+        except OSError:
+            self._faults, self._seen = (), None
+            return ()
+        found = (status.st_ino, status.st_mtime_ns, status.st_size)
+        if found != self._seen:
+            self._faults, self._seen = _read(self._path), found
         return self._faults
 
 
@@ -121,6 +116,16 @@ def parse_faults(document: Any) -> tuple[Fault, ...]:
     if not isinstance(items, list):
         raise ConfigError('faults: expected {"faults": [...]}')
     return tuple(_parse(item, index) for index, item in enumerate(items))
+
+
+def _read(path: Path) -> tuple[Fault, ...]:
+    try:
+        faults = parse_faults(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, ConfigError) as error:
+        logger.warning("emulation.faults_unreadable file=%s error=%s: no faults", path, error)
+        return ()
+    logger.warning("emulation.faults file=%s %s", path, faults)
+    return faults
 
 
 def _parse(item: Any, index: int) -> Fault:

@@ -14,38 +14,18 @@ import os
 import struct
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
+from vllm_disagg.core.link import Link
 from vllm_disagg.emulation.faults import Fault, Faults
-from vllm_disagg.emulation.settings import LinkName
+from vllm_disagg.emulation.shape import CELL_BYTES
 from vllm_disagg.emulation.stamps import seed_of
 from vllm_disagg.errors import ConfigError
 from vllm_disagg.transport.base import Copy, Outcome, PeerName, Region, TransferHandle, Transport
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
-    """One direction of one device's link. Nominal figures of data sheets, without protocol overhead."""
-
-    bytes_per_s: float
-    latency_s: float
-
-    def seconds(self, num_bytes: float) -> float:
-        """How long one transfer takes alone."""
-        return self.latency_s + num_bytes / self.bytes_per_s
-
-
-LINKS: Final[dict[LinkName, Link]] = {
-    "nvlink": Link(bytes_per_s=300e9, latency_s=5e-6),
-    "pcie5": Link(bytes_per_s=64e9, latency_s=10e-6),
-    "200g": Link(bytes_per_s=25e9, latency_s=20e-6),
-    "25g": Link(bytes_per_s=3.125e9, latency_s=50e-6),
-}
-"""NVLink 3 of an A100, half of its 600 GB/s; PCIe 5 x16; Ethernet or InfiniBand of 200 and 25 Gb/s."""
 
 
 class Ledger(Protocol):
@@ -96,7 +76,7 @@ class SharedLedger:
             raise ConfigError(f"--emulate-link-ledger {path}: {error.strerror}") from error
 
     def reserve(self, ends: Sequence[str], seconds: float, now_s: float) -> float:
-        fcntl.lockf(self._file, fcntl.LOCK_EX)
+        fcntl.flock(self._file, fcntl.LOCK_EX)  # unlike `lockf` also between the ranks' threads of one engine
         try:
             slots = [self._slot(end) for end in ends]
             busy_s: list[float] = [self._SLOT.unpack_from(self._slots, slot)[1] for slot in slots]
@@ -105,7 +85,7 @@ class SharedLedger:
                 self._SLOT.pack_into(self._slots, slot, seed_of(end) or 1, end_s)
             return end_s
         finally:
-            fcntl.lockf(self._file, fcntl.LOCK_UN)
+            fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def _slot(self, end: str) -> int:
         """Open addressing; a full table makes strangers share a slot, which only makes them slower."""
@@ -117,17 +97,28 @@ class SharedLedger:
         return key % self._NUM_SLOTS * self._SLOT.size
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Pending:
-    """A read under way: what it occupies, and what will be done to its bytes."""
+    """A read under way: until when it occupies the link, and what will be done to its bytes.
 
+    `cut` says why it does not wait for that any more.
+    """
+
+    number: int
+    peer: PeerName
+    started_s: float
     end_s: float
-    copies: Sequence[Copy]
+    first: Copy
     faults: tuple[Fault, ...]
+    kept: tuple[int, bytes] | None
     outcome: Outcome | None = None
-    started_s: float = 0.0
     cancelled: bool = False
-    kept: list[tuple[int, bytes]] = field(default_factory=list)
+    cut: str = ""
+
+    def is_over(self, now_s: float) -> bool:
+        if self.outcome is None:
+            return False
+        return self.outcome.state != "done" or self.cancelled or bool(self.cut) or now_s >= self.end_s
 
 
 class EmulatedLink:
@@ -161,7 +152,7 @@ class EmulatedLink:
         self._link, self._scale, self._dilation = link, scale, dilation
         self._own_name, self._ledger, self._faults, self._now = own_name, ledger, faults, now
         self._pending: dict[int, tuple[TransferHandle, _Pending]] = {}
-        self._late: list[tuple[float, list[tuple[int, bytes]]]] = []
+        self._late: list[tuple[float, tuple[int, bytes]]] = []
         self._num_reads = 0
 
     def register(self, regions: Sequence[Region]) -> bytes:
@@ -172,18 +163,30 @@ class EmulatedLink:
 
     def disconnect(self, peer: PeerName) -> None:
         self.inner.disconnect(peer)
+        for _, pending in self._pending.values():
+            if pending.peer == peer:
+                pending.cut = "disconnected"
 
     def read(self, peer: PeerName, copies: Sequence[Copy]) -> TransferHandle:
-        self._num_reads += 1
-        faults = self._faults.of_read(self._num_reads)
-        kept = [_saved(copies[0])] if any(fault.kind == "drop_block" for fault in faults) else []
+        faults = self._faults.of_read(self._num_reads + 1) if copies else ()
+        kept = _saved(copies[0]) if any(fault.kind == "drop_block" for fault in faults) else None
         handle = self.inner.read(peer, copies)
+        self._num_reads += 1
         now_s = self._now()
         end_s = now_s
         if self._link is not None:
             seconds = self._link.seconds(self._scale * sum(copy.num_bytes for copy in copies)) * self._dilation
             end_s = self._ledger.reserve([f"out {peer}", f"in {self._own_name}"], seconds, now_s)
-        self._pending[id(handle)] = (handle, _Pending(end_s, copies, faults, started_s=now_s, kept=kept))
+        pending = _Pending(
+            number=self._num_reads,
+            peer=peer,
+            started_s=now_s,
+            end_s=end_s,
+            first=copies[0],
+            faults=faults,
+            kept=kept,
+        )
+        self._pending[id(handle)] = (handle, pending)
         return handle
 
     def poll(self) -> Sequence[Outcome]:
@@ -191,12 +194,7 @@ class EmulatedLink:
         self._deliver_late(now_s)
         for outcome in self.inner.poll():
             self._pending[id(outcome.handle)][1].outcome = outcome
-        over = [
-            (key, pending)
-            for key, (_, pending) in self._pending.items()
-            if pending.outcome is not None
-            and (pending.outcome.state != "done" or pending.cancelled or now_s >= pending.end_s)
-        ]
+        over = [(key, pending) for key, (_, pending) in self._pending.items() if pending.is_over(now_s)]
         return [self._end(key, pending, now_s) for key, pending in over]
 
     def cancel(self, handle: TransferHandle) -> None:
@@ -213,6 +211,9 @@ class EmulatedLink:
 
     def close(self) -> None:
         self.inner.close()
+        self._late.clear()  # the memory may be gone
+        for _, pending in self._pending.values():
+            pending.cut = "closed"
 
     def _end(self, key: int, pending: _Pending, now_s: float) -> Outcome:
         del self._pending[key]
@@ -220,7 +221,7 @@ class EmulatedLink:
         assert outcome is not None
         if outcome.state != "done":
             return outcome
-        error = self._harm(pending, now_s)
+        error = pending.cut or self._harm(pending, now_s)
         return Outcome(
             handle=outcome.handle,
             state="failed" if error else "done",
@@ -232,31 +233,33 @@ class EmulatedLink:
 
     def _harm(self, pending: _Pending, now_s: float) -> str:
         """Do what the faults say to the bytes that have arrived. Returns why the read failed, if it did."""
-        error = ""
+        error, first = "", pending.first
         for fault in pending.faults:
-            first = pending.copies[0]
             if fault.kind == "corrupt_read":
-                byte = ctypes.c_uint8.from_address(first.local + self._num_reads % first.num_bytes)
-                byte.value ^= 1 << self._num_reads % 8
-            elif fault.kind == "drop_block":
-                for address, content in pending.kept:
-                    ctypes.memmove(address, content, len(content))
+                # The share of a block's first token: the rest of a prompt's last block means nothing yet.
+                byte = ctypes.c_uint8.from_address(first.local + pending.number % min(CELL_BYTES, first.num_bytes))
+                byte.value ^= 1 << pending.number % 8
+            elif fault.kind == "drop_block" and pending.kept is not None:
+                _restore(pending.kept)
             elif fault.kind == "late_block":
-                late = _saved(first)
+                self._late.append((now_s + fault.seconds, _saved(first)))
                 ctypes.memset(first.local, 0, first.num_bytes)
-                self._late.append((now_s + fault.seconds, [late]))
             elif fault.kind == "fail_read":
                 error = "a fault was asked for"
-            logger.warning("emulation.fault kind=%s read=%d", fault.kind, self._num_reads)
+            logger.warning("emulation.fault kind=%s read=%d", fault.kind, pending.number)
         return error
 
     def _deliver_late(self, now_s: float) -> None:
         due = [item for item in self._late if item[0] <= now_s]
         self._late = [item for item in self._late if item[0] > now_s]
-        for _, contents in due:
-            for address, content in contents:
-                ctypes.memmove(address, content, len(content))
+        for _, saved in due:
+            _restore(saved)
 
 
 def _saved(copy: Copy) -> tuple[int, bytes]:
     return copy.local, ctypes.string_at(copy.local, copy.num_bytes)
+
+
+def _restore(saved: tuple[int, bytes]) -> None:
+    address, content = saved
+    ctypes.memmove(address, content, len(content))

@@ -19,7 +19,7 @@ def sample(
     parts: Sequence[Scheduled], digests: Mapping[str, int], vocabulary: Vocabulary, grammar: GrammarOutput | None
 ) -> dict[str, Choice]:
     """Sample the next token of every request that is due one, and append it to the request."""
-    permitted = _permitted(grammar)
+    permitted = _permitted(grammar, vocabulary.size)
     chosen = {}
     for part in parts:
         if not part.samples:
@@ -62,13 +62,24 @@ def logprobs_lists(parts: Sequence[Scheduled], chosen: Mapping[str, Choice]) -> 
     return LogprobsLists(ids, values, ranks, None)
 
 
-def prompt_logprobs(state: RequestState, vocabulary: Vocabulary, vocab_size: int) -> LogprobsTensors:
+def take_prompt_logprobs(parts: Sequence[Scheduled], vocabulary: Vocabulary) -> dict[str, LogprobsTensors]:
+    """Of the requests whose prompt ends in this step; each once, also when it is computed again after a preemption."""
+    taken = {}
+    for part in parts:
+        state = part.state
+        if state.prompt_logprobs is not None and state.num_computed < state.prompt_len <= part.end:
+            taken[state.request_id] = prompt_logprobs(state, vocabulary)
+            state.prompt_logprobs = None
+    return taken
+
+
+def prompt_logprobs(state: RequestState, vocabulary: Vocabulary) -> LogprobsTensors:
     """Log probabilities of a prompt's tokens but the first, from the digests of what stands before them."""
     import torch
     from vllm.v1.outputs import LogprobsTensors
 
     asked = state.prompt_logprobs or 0
-    width = vocab_size if asked < 0 else asked
+    width = vocabulary.size if asked < 0 else asked
     digests = state.prefix.digests(state.tokens, 0, state.prompt_len)
     wishes = Wishes(num_logprobs=width)
     rows = [
@@ -85,12 +96,13 @@ def _row(digest: int, token_id: int, wishes: Wishes, vocabulary: Vocabulary) -> 
     return with_logprobs(token_id, candidates(digest, vocabulary), wishes.num_logprobs, vocabulary)
 
 
-def _permitted(grammar: GrammarOutput | None) -> dict[str, Sequence[int]]:
-    """Request to the token ids its grammar allows now. One row of 32 tokens to a word for each request."""
+def _permitted(grammar: GrammarOutput | None, vocab_size: int) -> dict[str, Sequence[int]]:
+    """Request to the token ids its grammar allows now. One row of 32 tokens to a word for each request; the last word
+    has bits for ids that do not exist."""
     if grammar is None:
         return {}
     bits: Any = np.unpackbits(np.ascontiguousarray(grammar.grammar_bitmask).view(np.uint8), axis=1, bitorder="little")
     return {
-        request_id: np.flatnonzero(bits[row]).tolist()
+        request_id: np.flatnonzero(bits[row, :vocab_size]).tolist()
         for row, request_id in enumerate(grammar.structured_output_request_ids)
     }

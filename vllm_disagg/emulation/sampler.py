@@ -27,11 +27,13 @@ class Vocabulary:
     """Token ids that an emulated model may say.
 
     Args:
+        size: how many token ids the model has.
         words: ids of ordinary tokens.
         eos: the token that ends an answer.
         eos_probability: how likely each token is the last.
     """
 
+    size: int
     words: range
     eos: int
     eos_probability: float
@@ -130,9 +132,10 @@ def with_logprobs(token_id: int, raw: Mapping[int, float], count: int | None, vo
         return Choice(token_id, 0.0, 1, ())
     logits = dict(raw)
     logits.setdefault(token_id, _FILLER_LOGIT)
-    filler = iter(vocabulary.words)
-    while len(logits) < count:
-        logits.setdefault(next(filler), _FILLER_LOGIT)
+    for filler in range(vocabulary.size):
+        if len(logits) >= count:
+            break
+        logits.setdefault(filler, _FILLER_LOGIT)
     logprobs = logprobs_of(logits)
     ranked = sorted(logprobs, key=lambda candidate: (-logprobs[candidate], candidate))
     return Choice(

@@ -18,6 +18,7 @@ def vocabulary_of(model_config: Any, mean_output_tokens: float) -> Vocabulary:
     eos = getattr(model_config.hf_text_config, "eos_token_id", None)
     eos = eos[0] if isinstance(eos, list) and eos else eos
     return Vocabulary(
+        size=size,
         words=range(size // 8, size - size // 8),
         eos=eos if isinstance(eos, int) else size - 1,
         eos_probability=1.0 / mean_output_tokens,

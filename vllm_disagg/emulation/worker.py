@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
+from vllm_disagg.core.link import LINKS
 from vllm_disagg.core.profile import Profile
 from vllm_disagg.emulation.faults import Faults
 from vllm_disagg.emulation.hooks import ConnectorHooks
-from vllm_disagg.emulation.link import LINKS, EmulatedLink, Ledger, OwnLedger, SharedLedger
+from vllm_disagg.emulation.link import EmulatedLink, Ledger, OwnLedger, SharedLedger
 from vllm_disagg.emulation.requests import Scheduled
 from vllm_disagg.emulation.settings import EmulationSettings
 from vllm_disagg.emulation.shape import CELL_BYTES, CacheShape
@@ -63,7 +64,6 @@ class EmulatedWorker(WorkerBase):
         self.pp_rank, self.tp_rank = divmod(rank, self._tp)
         self._groups = shape.groups_of(self.pp_rank, self._pp)
         self._heads = shape.heads_of(self.tp_rank, self._tp)
-        self._is_copy = self._tp > shape.num_heads and self.tp_rank % (self._tp // shape.num_heads) != 0
         self._stamper = Stamper(seed, groups=self._groups, heads=self._heads, block_size=shape.block_size)
         self.device = torch.device("cpu")
         self.caches: dict[str, torch.Tensor] = {}
@@ -152,10 +152,13 @@ class EmulatedWorker(WorkerBase):
         for cells, stamps in zip(self._cells, self._stamper.stamps(digests), strict=True):
             cells[blocks, :, slots] = stamps.T
 
+    @property
+    def share(self) -> tuple[range, range]:
+        """Layer groups and heads of this rank. With more ranks than heads, several have the same."""
+        return self._groups, self._heads
+
     def read(self, blocks: NDArray[np.int64], lengths: NDArray[np.int64]) -> Words:
-        """Sum up blocks as they are now; nothing for a rank whose heads another rank holds as well."""
-        if self._is_copy:
-            return np.zeros(len(blocks), np.uint64)
+        """Sum up blocks as they are now."""
         return self._stamper.read(self._cells, blocks, lengths)
 
     def synchronize_device(self) -> None:
@@ -198,7 +201,10 @@ class EmulatedWorker(WorkerBase):
 
 
 def read_blocks(workers: Sequence[EmulatedWorker], block_size: int, parts: Sequence[Scheduled]) -> list[Words]:
-    """Sums of every block of some requests, over all ranks, as the blocks are now."""
+    """Sums of every block of some requests, over all ranks, as the blocks are now.
+
+    Of ranks with the same share the first counts; another one adds nothing as long as it holds the same.
+    """
     blocks, lengths, ends = [], [], []
     for part in parts:
         count = -(-part.end // block_size)
@@ -208,6 +214,9 @@ def read_blocks(workers: Sequence[EmulatedWorker], block_size: int, parts: Seque
     if not parts:
         return []
     all_blocks, all_lengths = np.concatenate(blocks), np.concatenate(lengths)
-    with np.errstate(over="ignore"):
-        sums = sum((worker.read(all_blocks, all_lengths) for worker in workers), np.zeros(len(all_blocks), np.uint64))
-    return np.split(sums, np.cumsum(ends)[:-1])
+    total, firsts = np.zeros(len(all_blocks), np.uint64), dict[tuple[range, range], Words]()
+    for number, worker in enumerate(workers):
+        sums = worker.read(all_blocks, all_lengths)
+        first = firsts.setdefault(worker.share, sums)
+        total += sums if first is sums else (sums - first) * np.uint64(2 * number + 1)
+    return np.split(total, np.cumsum(ends)[:-1])
