@@ -43,7 +43,7 @@ from benchmarks.machine import ROOT, OtherLoad, busy_seconds, fact_list, facts, 
 from vllm_disagg.testing.check_transport import Memory, finish
 from vllm_disagg.transport import open_transport
 from vllm_disagg.transport.base import Copy, PeerName, Transport
-from vllm_disagg.transport.layout import RankLayout, Segment, plan_reads
+from vllm_disagg.transport.layout import RankLayout, Segment, plan_reads, plan_routes
 
 KIB, MIB = 1 << 10, 1 << 20
 MEMORY_BYTES = 192 * MIB
@@ -82,9 +82,14 @@ def kv_layout(num_blocks: int) -> Shape:
         Segment(
             name=f"layer{index}",
             address=index * BLOCKS_PER_LAYER * BLOCK_BYTES,
-            block_stride=BLOCK_BYTES,
-            block_bytes=BLOCK_BYTES,
             num_blocks=BLOCKS_PER_LAYER,
+            block_stride=BLOCK_BYTES,
+            first_head=0,
+            num_heads=1,
+            head_stride=BLOCK_BYTES,
+            num_rows=1,
+            row_stride=BLOCK_BYTES,
+            row_bytes=BLOCK_BYTES,
         )
         for index in range(NUM_LAYERS)
     )
@@ -92,7 +97,7 @@ def kv_layout(num_blocks: int) -> Shape:
     random = np.random.default_rng(SEED)
     lengths = [1, 2, 3, 4] * (num_blocks // 10)
     near, far = (_scattered(lengths, random) for _ in range(2))
-    copies = plan_reads(layout, layout, (tuple(near),), (tuple(far),))
+    copies = plan_reads(plan_routes(layout, [layout])[0], (tuple(near),), (tuple(far),))
     name = f"{NUM_LAYERS} layers x {sum(lengths)} blocks of {BLOCK_BYTES // KIB} KiB in runs of 1-4"
     return Shape(name=name, offsets=tuple((copy.local, copy.remote, copy.num_bytes) for copy in copies))
 

@@ -20,6 +20,7 @@ from vllm_disagg.connector.holds import Holds
 from vllm_disagg.connector.messages import (
     CancelRead,
     ConnectPeer,
+    DisconnectPeer,
     PeerState,
     Progress,
     RankInfo,
@@ -140,7 +141,6 @@ class Decode:
         self.control = DecodeControl(
             keys=KEYS,
             fingerprint=FINGERPRINT,
-            worker_ranks=[(0, rank) for rank in range(ranks)],
             worker_links=[worker.endpoint for worker in self.workers],
             pull_timeout_s=pull_timeout_s,
             on_report=lambda: None,
@@ -152,7 +152,7 @@ class Decode:
         self.control.announce(handoff)
         for worker in self.workers:
             connect: ConnectPeer = worker.wait_for(ConnectPeer)
-            assert connect.rank.descriptor == b"secret"
+            assert {rank.descriptor for rank in connect.ranks} == {b"secret"}
             worker.say(PeerState(engine_id=handoff.engine_id))
         eventually(lambda: self.control.peer_phase(handoff.engine_id) == "ready", "pairing")
 
@@ -324,13 +324,34 @@ def test_engines_that_do_not_fit_refuse_each_other_and_name_the_factor(caplog: p
         assert "dtype is 'bfloat16' on prefill and 'float32' on decode" in caplog.text
 
 
-def test_another_number_of_workers_is_refused(caplog: pytest.LogCaptureFixture) -> None:
-    prefill, decode = Prefill(ranks=2), Decode()
+def test_each_worker_is_told_of_all_ranks_of_prefill_however_many_there_are() -> None:
+    prefill, decode = Prefill(ranks=4), Decode(ranks=2)
+    with engines(decode, prefill):
+        decode.pair_with(prefill.hold())
+
+        told: list[ConnectPeer] = [worker.wait_for(ConnectPeer) for worker in decode.workers]
+
+        assert [[rank.tp_rank for rank in message.ranks] for message in told] == [[0, 1, 2, 3]] * 2
+
+
+@pytest.mark.parametrize(("misfit", "cause"), [(True, "incompatible"), (False, "peer_unreachable")])
+def test_one_worker_that_cannot_read_is_enough_to_give_a_prefill_up(
+    caplog: pytest.LogCaptureFixture, misfit: bool, cause: str
+) -> None:
+    prefill, decode = Prefill(), Decode(ranks=2)
     with engines(decode, prefill):
         handoff = prefill.hold()
         decode.control.announce(handoff)
+        for worker in decode.workers:
+            worker.wait_for(ConnectPeer)
+        decode.workers[0].say(PeerState(engine_id=handoff.engine_id))
+        decode.workers[1].say(PeerState(engine_id=handoff.engine_id, error="heads 4-7 are missing", misfit=misfit))
+
         eventually(lambda: decode.control.peer_phase(handoff.engine_id) == "failed", "refusal")
-        assert "--tensor-parallel-size" in caplog.text
+
+        assert decode.control.peer_cause(handoff.engine_id) == cause
+        assert "heads 4-7 are missing" in caplog.text
+        decode.workers[0].wait_for(DisconnectPeer)
 
 
 def test_an_engine_restarted_on_the_same_port_is_not_taken_for_the_old_one() -> None:

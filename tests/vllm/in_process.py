@@ -6,8 +6,11 @@ prompt into the blocks of a prefill engine, so that a wrong block or a missing c
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
+import random
+import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,21 +32,25 @@ from vllm_disagg import scheduler as factories
 from vllm_disagg.config import EngineSettings, Role
 from vllm_disagg.connector.facade import DisaggConnector
 from vllm_disagg.connector.stats import TransferStats
+from vllm_disagg.core.keys import create_key_file
+from vllm_disagg.core.types import new_transfer_id
 from vllm_disagg.demo.model import tiny_llama_path
 from vllm_disagg.plugin import register
 from vllm_disagg.transport.loopback import LoopbackTransport
 
 BLOCK_SIZE = 32
 NUM_BLOCKS = 64
-LAYERS = ("model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn")
-SHAPE = (NUM_BLOCKS, 4, BLOCK_SIZE, 16)
+NUM_LAYERS, NUM_HEADS, HEAD_SIZE = 3, 4, 8
+LAYER = "model.layers.{}.self_attn.attn"
 WAIT_S = 10.0
 
 _numbers = itertools.count()
 
 
 @functools.cache
-def vllm_config(role: Role, key_file: Path, control_port: int, lease_s: float, pull_timeout_s: float) -> VllmConfig:
+def vllm_config(
+    role: Role, key_file: Path, control_port: int, lease_s: float, pull_timeout_s: float, tp: int = 1, pp: int = 1
+) -> VllmConfig:
     register()
     settings = EngineSettings(
         role=role,
@@ -66,6 +73,8 @@ def vllm_config(role: Role, key_file: Path, control_port: int, lease_s: float, p
         max_model_len=1024,
         max_num_seqs=16,
         enforce_eager=True,
+        tensor_parallel_size=tp,
+        pipeline_parallel_size=pp,
         kv_transfer_config=transfer,
         scheduler_cls=f"vllm_disagg.scheduler.{role}_scheduler",
     )
@@ -74,11 +83,10 @@ def vllm_config(role: Role, key_file: Path, control_port: int, lease_s: float, p
     return config
 
 
-def _kv_cache_config() -> KVCacheConfig:
-    spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=4, head_size=8, dtype=torch.float32)
-    return KVCacheConfig(
-        num_blocks=NUM_BLOCKS, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(list(LAYERS), spec)]
-    )
+def _kv_cache_config(layers: range, heads: range) -> KVCacheConfig:
+    spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=len(heads), head_size=HEAD_SIZE, dtype=torch.float32)
+    names = [LAYER.format(layer) for layer in layers]
+    return KVCacheConfig(num_blocks=NUM_BLOCKS, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(names, spec)])
 
 
 def build_scheduler(role: Role, config: VllmConfig) -> Any:
@@ -86,7 +94,7 @@ def build_scheduler(role: Role, config: VllmConfig) -> Any:
     build = factories.prefill_scheduler if role == "prefill" else factories.decode_scheduler
     return build(
         vllm_config=config,
-        kv_cache_config=_kv_cache_config(),
+        kv_cache_config=_kv_cache_config(range(NUM_LAYERS), range(NUM_HEADS)),
         structured_output_manager=StructuredOutputManager(config),
         block_size=BLOCK_SIZE,
         hash_block_size=BLOCK_SIZE,
@@ -94,35 +102,88 @@ def build_scheduler(role: Role, config: VllmConfig) -> Any:
     )
 
 
-def pattern(token_ids: list[int], layer: int, block: int) -> float:
-    """What a forward pass leaves in one block of a prompt: different for every prefix and layer."""
-    return float(hash((tuple(token_ids[: (block + 1) * BLOCK_SIZE]), layer, block)) % 1_000_003)
+def pattern(token_ids: list[int], layer: int, block: int, head: int) -> float:
+    """What a forward pass leaves of one block of a prompt: different for every prefix, layer and head."""
+    return float(hash((tuple(token_ids[: (block + 1) * BLOCK_SIZE]), layer, block, head)) % 1_000_003)
+
+
+@dataclass
+class Rank:
+    """One worker without a model: its part of the KV cache and its half of the connector."""
+
+    worker: DisaggConnector
+    layers: range
+    heads: range
+    caches: dict[int, torch.Tensor]
+
+    @classmethod
+    def start(cls, config: VllmConfig, *, rank: int, tp: int, pp: int) -> Rank:
+        stage, tp_rank = divmod(rank, tp)
+        edges = [NUM_LAYERS * index // pp for index in range(pp + 1)]
+        layers = range(edges[stage], edges[stage + 1])
+        shares = min(tp, NUM_HEADS)
+        each = NUM_HEADS // shares
+        first = tp_rank * shares // tp * each
+        mine = copy.copy(config)
+        mine.parallel_config = copy.copy(config.parallel_config)
+        mine.parallel_config.rank = rank
+        worker = DisaggConnector(mine, KVConnectorRole.WORKER, _kv_cache_config(layers, range(first, first + each)))
+        caches = {layer: torch.zeros(NUM_BLOCKS, each, BLOCK_SIZE, 2 * HEAD_SIZE) for layer in layers}
+        worker.register_kv_caches({LAYER.format(layer): cache for layer, cache in caches.items()})
+        return cls(worker, layers, range(first, first + each), caches)
+
+    @property
+    def transport(self) -> LoopbackTransport:
+        assert self.worker._worker is not None
+        thread = self.worker._worker._thread
+        assert thread is not None
+        assert isinstance(thread._transport, LoopbackTransport)
+        return thread._transport
+
+    def write(self, token_ids: list[int], block: int, block_id: int) -> None:
+        for layer, cache in self.caches.items():
+            for index, head in enumerate(self.heads):
+                cache[block_id, index] = pattern(token_ids, layer, block, head)
+
+    def is_right(self, token_ids: list[int], block: int, block_id: int) -> bool:
+        return all(
+            bool((cache[block_id, index] == pattern(token_ids, layer, block, head)).all())
+            for layer, cache in self.caches.items()
+            for index, head in enumerate(self.heads)
+        )
 
 
 @dataclass
 class Engine:
-    """One engine without a model. `caches` is its KV cache, one tensor per layer."""
+    """One engine without a model, of any parallelism."""
 
     role: Role
     config: VllmConfig
-    caches: dict[str, torch.Tensor]
     scheduler: Any
-    worker: DisaggConnector
+    ranks: list[Rank]
     finished: dict[str, Any] = field(default_factory=dict)
     stats: TransferStats = field(default_factory=TransferStats)
 
     @classmethod
     def start(
-        cls, role: Role, key_file: Path, *, control_port: int, lease_s: float = 30.0, pull_timeout_s: float = 10.0
+        cls,
+        role: Role,
+        key_file: Path,
+        *,
+        control_port: int,
+        lease_s: float = 30.0,
+        pull_timeout_s: float = 10.0,
+        tp: int = 1,
+        pp: int = 1,
     ) -> Engine:
-        config = vllm_config(role, key_file, control_port, lease_s, pull_timeout_s)
+        config = vllm_config(role, key_file, control_port, lease_s, pull_timeout_s, tp, pp)
         config.kv_transfer_config.engine_id = f"{role}-{next(_numbers)}"
-        caches = {name: torch.zeros(SHAPE) for name in LAYERS}
         scheduler = build_scheduler(role, config)
-        worker = DisaggConnector(config, KVConnectorRole.WORKER, _kv_cache_config())
-        worker.register_kv_caches(caches)
-        scheduler.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): worker.get_handshake_metadata()})
-        return cls(role, config, caches, scheduler, worker)
+        ranks = [Rank.start(config, rank=rank, tp=tp, pp=pp) for rank in range(tp * pp)]
+        scheduler.connector.set_xfer_handshake_metadata_pp_aware(
+            {divmod(number, tp): rank.worker.get_handshake_metadata() for number, rank in enumerate(ranks)}
+        )
+        return cls(role, config, scheduler, ranks)
 
     def take_stats(self) -> dict[str, Any]:
         """What the engine has reported since the last call."""
@@ -137,11 +198,8 @@ class Engine:
 
     @property
     def transport(self) -> LoopbackTransport:
-        assert self.worker._worker is not None
-        thread = self.worker._worker._thread
-        assert thread is not None
-        assert isinstance(thread._transport, LoopbackTransport)
-        return thread._transport
+        """Of the first rank."""
+        return self.ranks[0].transport
 
     def add(self, token_ids: list[int], params: Any, *, max_tokens: int = 1, name: str | None = None) -> str:
         """A request as EngineCore adds it. Returns its id."""
@@ -161,9 +219,11 @@ class Engine:
     def step(self) -> Any:
         """One engine step: schedule, "compute", update. Returns what was scheduled."""
         output = self.scheduler.schedule()
-        self.worker.bind_connector_metadata(output.kv_connector_metadata)
+        for rank in self.ranks:
+            rank.worker.bind_connector_metadata(output.kv_connector_metadata)
         self._forward(output)
-        self.worker.clear_connector_metadata()
+        for rank in self.ranks:
+            rank.worker.clear_connector_metadata()
         ids = list(output.num_scheduled_tokens)
         sampled = [self._sample(request_id) for request_id in ids]
         result = ModelRunnerOutput(
@@ -216,14 +276,15 @@ class Engine:
         request = self.scheduler.requests[request_id]
         tokens, ids = list(request.prompt_token_ids), self.blocks_of(request_id)
         return all(
-            bool((self.caches[name][ids[block]] == pattern(tokens, layer, block)).all())
-            for layer, name in enumerate(LAYERS)
+            rank.is_right(tokens, block, ids[block])
+            for rank in self.ranks
             for block in range(-(-len(tokens) // BLOCK_SIZE))
         )
 
     def stop(self) -> None:
         self.scheduler.shutdown()
-        self.worker.shutdown()
+        for rank in self.ranks:
+            rank.worker.shutdown()
 
     def _forward(self, output: Any) -> None:
         """Write the pattern of every prompt block that this step computes."""
@@ -233,9 +294,83 @@ class Engine:
             after = min(request.num_computed_tokens, len(tokens))  # `schedule` has advanced it by `count` already
             before = max(0, request.num_computed_tokens - count)
             for block in range(before // BLOCK_SIZE, -(-after // BLOCK_SIZE)):
-                for layer, name in enumerate(LAYERS):
-                    self.caches[name][ids[block]] = pattern(tokens, layer, block)
+                for rank in self.ranks:
+                    rank.write(tokens, block, ids[block])
 
     def _sample(self, request_id: str) -> list[int]:
         request = self.scheduler.requests[request_id]
         return [7] if request.num_computed_tokens >= request.num_prompt_tokens else []
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed * 1000 + length)
+    return [rng.randrange(5, 250) for _ in range(length)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Pair:
+    """A prefill and a decode engine, each of its own tensor-parallel and pipeline degree."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        prefill: tuple[int, int] = (1, 1),
+        decode: tuple[int, int] = (1, 1),
+        **settings: float,
+    ) -> None:
+        key_file = folder / "key"
+        create_key_file(key_file)
+        port = free_port()
+        self.prefill = Engine.start("prefill", key_file, control_port=port, tp=prefill[0], pp=prefill[1], **settings)
+        self.decode = Engine.start("decode", key_file, control_port=port, tp=decode[0], pp=decode[1], **settings)
+
+    def prefilled(self, token_ids: list[int]) -> dict[str, Any]:
+        """Run a prompt on prefill. Returns the parameters for decode, as the proxy builds them."""
+        transfer_id = new_transfer_id()
+        request_id = self.prefill.add(
+            token_ids, {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer_id}
+        )
+        done = self.prefill.run_until_finished(request_id)
+        return {"do_remote_prefill": True, "transfer_id": transfer_id, "handoff": done.kv_transfer_params["handoff"]}
+
+    def overwrite_prefills_cache(self) -> None:
+        """Run enough other prompts that every block which nobody holds is written anew."""
+        for seed in range(30, 50):
+            self.prefill.run_until_finished(self.prefill.add(prompt(300, seed=seed), None))
+
+    def decode_rightly(self, token_ids: list[int], params: dict[str, Any]) -> None:
+        """Run a prompt on decode, and check its blocks when it is admitted."""
+        request_id = self.decode.add(token_ids, params, max_tokens=4)
+        self.decode.run_until(lambda: self.decode.status(request_id) == "RUNNING", "admission")
+        assert self.decode.prompt_blocks_are_right(request_id)
+        self.decode.run_until_finished(request_id)
+
+    def settle(self) -> None:
+        """Let both engines come to rest."""
+        for engine in (self.decode, self.prefill):
+            engine.run_until(
+                lambda engine=engine: (
+                    not engine.scheduler.has_requests() and engine.scheduler.connector.num_outstanding == 0
+                ),
+                "rest",
+            )
+
+    def failures(self) -> dict[str, int]:
+        """Failures by cause since the last look at decode's statistics."""
+        name = "vllm_disagg_kv_failures_total"
+        data = self.decode.take_stats()
+        return {key[len(name) + 1 : -1]: value for key, value in data.items() if key.startswith(name)}
+
+    def received(self) -> int:
+        """Tokens received since the last look at decode's statistics."""
+        return int(self.decode.take_stats().get("vllm_disagg_kv_tokens_received_total", 0))
+
+    def close(self) -> None:
+        self.prefill.stop()
+        self.decode.stop()

@@ -4,7 +4,6 @@ engines as empty as they began."""
 from __future__ import annotations
 
 import random
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +14,8 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.vllm import in_process
-from tests.vllm.in_process import BLOCK_SIZE, Engine
-from vllm_disagg.connector import decode_side, support
+from tests.vllm.in_process import BLOCK_SIZE, Engine, Pair, free_port, prompt
+from vllm_disagg.connector import decode_side
 from vllm_disagg.connector.pull import Drained, Settled
 from vllm_disagg.core.keys import create_key_file
 from vllm_disagg.core.types import new_transfer_id
@@ -24,73 +23,6 @@ from vllm_disagg.errors import ConfigError
 from vllm_disagg.testing.leaks import assert_no_leaks
 
 pytestmark = pytest.mark.vllm
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    rng = random.Random(seed * 1000 + length)
-    return [rng.randrange(5, 250) for _ in range(length)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Pair:
-    """A prefill and a decode engine."""
-
-    def __init__(self, folder: Path, **settings: float) -> None:
-        key_file = folder / "key"
-        create_key_file(key_file)
-        port = free_port()
-        self.prefill = Engine.start("prefill", key_file, control_port=port, **settings)
-        self.decode = Engine.start("decode", key_file, control_port=port, **settings)
-
-    def prefilled(self, token_ids: list[int]) -> dict[str, Any]:
-        """Run a prompt on prefill. Returns the parameters for decode, as the proxy builds them."""
-        transfer_id = new_transfer_id()
-        request_id = self.prefill.add(
-            token_ids, {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer_id}
-        )
-        done = self.prefill.run_until_finished(request_id)
-        return {"do_remote_prefill": True, "transfer_id": transfer_id, "handoff": done.kv_transfer_params["handoff"]}
-
-    def overwrite_prefills_cache(self) -> None:
-        """Run enough other prompts that every block which nobody holds is written anew."""
-        for seed in range(30, 50):
-            self.prefill.run_until_finished(self.prefill.add(prompt(300, seed=seed), None))
-
-    def decode_rightly(self, token_ids: list[int], params: dict[str, Any]) -> None:
-        """Run a prompt on decode, and check its blocks when it is admitted."""
-        request_id = self.decode.add(token_ids, params, max_tokens=4)
-        self.decode.run_until(lambda: self.decode.status(request_id) == "RUNNING", "admission")
-        assert self.decode.prompt_blocks_are_right(request_id)
-        self.decode.run_until_finished(request_id)
-
-    def settle(self) -> None:
-        """Let both engines come to rest."""
-        for engine in (self.decode, self.prefill):
-            engine.run_until(
-                lambda engine=engine: (
-                    not engine.scheduler.has_requests() and engine.scheduler.connector.num_outstanding == 0
-                ),
-                "rest",
-            )
-
-    def failures(self) -> dict[str, int]:
-        """Failures by cause since the last look at decode's statistics."""
-        name = "vllm_disagg_kv_failures_total"
-        data = self.decode.take_stats()
-        return {key[len(name) + 1 : -1]: value for key, value in data.items() if key.startswith(name)}
-
-    def received(self) -> int:
-        """Tokens received since the last look at decode's statistics."""
-        return int(self.decode.take_stats().get("vllm_disagg_kv_tokens_received_total", 0))
-
-    def close(self) -> None:
-        self.prefill.stop()
-        self.decode.stop()
 
 
 @pytest.fixture

@@ -15,53 +15,99 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from vllm_disagg.config import EngineSettings
-from vllm_disagg.connector import stats
+from vllm_disagg.connector import stats, worker_side
 from vllm_disagg.connector.worker_side import segments_of
 from vllm_disagg.core.types import new_transfer_id
 from vllm_disagg.frontend import RELEASE_PATH, STATUS_PATH, DisaggFrontend
 from vllm_disagg.scheduler import wakeup
+from vllm_disagg.transport.layout import RankLayout
 
 pytestmark = pytest.mark.vllm
 
 
-def test_a_cpu_cache_is_one_array_of_blocks() -> None:
+def test_a_cpu_cache_holds_each_head_of_a_block_in_one_piece() -> None:
     cache = torch.zeros(10, 3, 32, 128)
 
-    (segment,) = segments_of("l", cache, 10)
+    (segment,) = segments_of("l", cache, 10, range(6, 9))
 
-    assert (segment.address, segment.block_stride, segment.block_bytes) == (cache.data_ptr(), 3 * 32 * 128 * 4, 49152)
+    assert (segment.address, segment.num_bytes) == (cache.data_ptr(), cache.nbytes)
+    assert (segment.first_head, segment.num_heads) == (6, 3)
+    assert (segment.block_stride, segment.head_stride) == (3 * 32 * 128 * 4, 32 * 128 * 4)
+    assert (segment.num_rows, segment.row_bytes) == (1, 32 * 128 * 4)
+
+
+def test_heads_inside_tokens_are_rows_of_a_token_each() -> None:
+    cache = torch.zeros(10, 16, 4, 8, dtype=torch.float16).transpose(1, 2)
+
+    (segment,) = segments_of("l", cache, 10, range(4))
+
+    assert (segment.head_stride, segment.num_rows, segment.row_stride, segment.row_bytes) == (16, 16, 64, 16)
+
+
+def test_heads_outside_blocks_have_a_stride_like_any_other() -> None:
+    cache = torch.zeros(4, 10, 16, 8).transpose(0, 1)
+
+    (segment,) = segments_of("l", cache, 10, range(4))
+
+    assert (segment.block_stride, segment.head_stride, segment.row_bytes) == (512, 5120, 512)
+    assert segment.num_bytes == cache.nbytes
+
+
+def test_smaller_blocks_of_a_kernel_make_one_of_the_cache() -> None:
+    cache = torch.zeros(30, 2, 16, 8)
+
+    (segment,) = segments_of("l", cache, 10, range(2))
+
+    assert (segment.num_blocks, segment.block_stride, segment.head_stride) == (10, 3 * 1024, 512)
+    assert (segment.num_rows, segment.row_stride, segment.row_bytes) == (3, 1024, 512)
+
+
+def test_layers_that_lie_among_each_other_are_registered_once() -> None:
+    storage = torch.zeros(10, 2, 4, 16, 8)
+    layers = {f"l{index}": storage[:, index] for index in range(2)}
+    layout = RankLayout(groups=(tuple(segments_of(name, cache, 10, range(4))[0] for name, cache in layers.items()),))
+
+    (region,) = worker_side._regions(layout)
+
+    assert (region.address, region.num_bytes) == (storage.data_ptr(), storage.nbytes)
+
+
+def test_heads_that_are_packed_otherwise_cannot_be_told_apart() -> None:
+    (segment,) = segments_of("l", torch.zeros(10, 6, 16, 8), 10, range(3))
+
+    assert (segment.head_stride, segment.num_rows, segment.row_bytes) == (0, 1, 6 * 16 * 8 * 4)
 
 
 def test_keys_and_values_that_lie_apart_are_two_arrays() -> None:
     cache = torch.zeros(2, 10, 16, 4, 8, dtype=torch.float16)
 
-    first, second = segments_of("l", cache, 10)
+    first, second = segments_of("l", cache, 10, range(4))
 
     assert second.address - first.address == 10 * 16 * 4 * 8 * 2
-    assert first.block_bytes == first.block_stride == 16 * 4 * 8 * 2
+    assert first.cell_bytes == first.block_stride == 16 * 4 * 8 * 2
     assert (first.name, second.name) == ("l#0", "l#1")
 
 
 def test_a_permuted_view_is_cut_by_its_strides() -> None:
     stored = torch.zeros(10, 2, 4, 16, 8)
 
-    (segment,) = segments_of("l", stored.permute(1, 0, 3, 2, 4), 10)
+    (segment,) = segments_of("l", stored.permute(1, 0, 3, 2, 4), 10, range(4))
 
-    assert segment.block_bytes == 2 * 4 * 16 * 8 * 4
+    assert segment.cell_bytes == 2 * 4 * 16 * 8 * 4
 
 
 def test_blocks_inside_a_larger_page_keep_their_stride() -> None:
     page = torch.zeros(10, 1000)
 
-    (segment,) = segments_of("l", page[:, 100:356].view(10, 4, 64), 10)
+    (segment,) = segments_of("l", page[:, 100:356].view(10, 4, 64), 10, range(1))
 
-    assert (segment.block_stride, segment.block_bytes) == (4000, 1024)
+    assert (segment.block_stride, segment.row_bytes) == (4000, 1024)
 
 
-@pytest.mark.parametrize("cache", [torch.zeros(9, 4), torch.zeros(10, 4, 8)[:, :, ::2]])
-def test_a_cache_without_dense_blocks_is_refused(cache: torch.Tensor) -> None:
+@pytest.mark.parametrize("cache", [torch.zeros(9, 4), torch.zeros(10, 4, 8, 2)[:, :3, :7, 0]])
+def test_a_cache_without_blocks_or_in_too_many_pieces_is_refused(cache: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="of l"):
-        segments_of("l", cache, 10)
+        segments_of("l", cache, 10, range(1))
 
 
 def make_metrics() -> tuple[stats.TransferPromMetrics, CollectorRegistry]:

@@ -62,8 +62,7 @@ class DecodeControl:
     Args:
         keys: the deployment's CURVE keys.
         fingerprint: what a prefill engine must have in common with us.
-        worker_ranks: `(pp_rank, tp_rank)` of each worker.
-        worker_links: endpoints of those workers, in the same order.
+        worker_links: endpoints of our workers.
         pull_timeout_s: from `expect` to the last moment at which a pull settles.
         on_report: called on this thread when `take_reports` has something to return.
     """
@@ -73,13 +72,11 @@ class DecodeControl:
         *,
         keys: CurveKeys,
         fingerprint: Mapping[str, str],
-        worker_ranks: Sequence[tuple[int, int]],
         worker_links: Sequence[str],
         pull_timeout_s: float,
         on_report: Callable[[], None],
     ) -> None:
         self._keys, self._fingerprint = keys, dict(fingerprint)
-        self._worker_ranks = tuple(worker_ranks)
         self._pull_timeout_s = pull_timeout_s
         self._on_report = on_report
         self._orders: Mailbox[Order] = Mailbox()
@@ -242,7 +239,7 @@ class DecodeControl:
             return
         if state.error:
             logger.error("handshake.failed engine=%s error=%s", state.engine_id, state.error)
-            self._lose(peer, "incompatible" if "do not fit" in state.error else "peer_unreachable")
+            self._lose(peer, "incompatible" if state.misfit else "peer_unreachable")
             return
         peer.waiting_ranks.discard(index)
         if not peer.waiting_ranks:
@@ -305,17 +302,8 @@ class DecodeControl:
     def _welcomed(self, peer: Peer, ranks: Sequence[RankInfo]) -> None:
         if peer.phase != "greeting":
             return
-        by_rank = {(rank.pp_rank, rank.tp_rank): rank for rank in ranks}
-        if set(by_rank) != set(self._worker_ranks):
-            logger.error(
-                "handshake.refused: prefill has %d workers and decode %d; start both with the same "
-                "--tensor-parallel-size and --pipeline-parallel-size", len(by_rank), len(self._worker_ranks),
-            )  # fmt: skip
-            self._lose(peer, "incompatible")
-            return
         peer.welcomed(set(range(len(self._links))), now_s=time.monotonic())
-        for index, rank in enumerate(self._worker_ranks):
-            self._tell_workers(ConnectPeer(engine_id=peer.engine_id, rank=by_rank[rank]), only=[index])
+        self._tell_workers(ConnectPeer(engine_id=peer.engine_id, ranks=tuple(ranks)))
 
     def _proven(self, released: Released) -> None:
         pull = self._pulls.get(released.transfer_id)

@@ -18,7 +18,7 @@ def config_fingerprint(vllm_config: Any) -> dict[str, str]:
     change them."""
     from vllm import __version__ as vllm_version
 
-    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    model, cache = vllm_config.model_config, vllm_config.cache_config
     return {
         "vllm version": vllm_version,
         "model": _model_digest(model),
@@ -28,25 +28,23 @@ def config_fingerprint(vllm_config: Any) -> dict[str, str]:
         "kv heads": str(model.get_total_num_kv_heads()),
         "head size": str(model.get_head_size()),
         "layers": str(model.get_total_num_hidden_layers()),
-        "tensor parallel size": str(parallel.tensor_parallel_size),
-        "pipeline parallel size": str(parallel.pipeline_parallel_size),
         "speculative config": _speculative(vllm_config),
         "weights": weights_digest(model.model, _revision(model)),
     }
 
 
-def engine_fingerprint(vllm_config: Any, *, isa: str, layout_shape: object) -> dict[str, str]:
+def engine_fingerprint(vllm_config: Any, *, isa: str, heads: object) -> dict[str, str]:
     """The same, with what only a running engine knows.
 
     Args:
         vllm_config: vLLM's `VllmConfig`.
         isa: instruction set that packs CPU blocks, or the platform's name elsewhere.
-        layout_shape: plain value that describes how blocks are cut.
+        heads: what its KV heads keep of a block, from `layout.describe_heads`.
     """
     return {
         **config_fingerprint(vllm_config),
         "instruction set": isa,
-        "kv cache layout": f"{vllm_config.cache_config.kv_cache_layout} {digest_of(layout_shape)}",
+        "kv cache layout": f"{vllm_config.cache_config.kv_cache_layout} {digest_of(heads)}",
     }
 
 

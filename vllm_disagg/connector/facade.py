@@ -32,6 +32,7 @@ from vllm_disagg.connector.worker_side import TransportWrapper, WorkerSide
 from vllm_disagg.core.keys import load_key
 from vllm_disagg.core.types import EngineId
 from vllm_disagg.errors import ConfigError
+from vllm_disagg.transport.layout import describe_heads
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +76,9 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
                 engine_id=self._engine_id,
                 key=self._key,
                 groups=tuple(tuple(group.layer_names) for group in kv_cache_config.kv_cache_groups),
+                heads=tuple(
+                    support.heads_of_rank(vllm_config, group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups
+                ),
                 num_blocks=kv_cache_config.num_blocks,
             )
 
@@ -85,7 +89,9 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._worker is not None
         support.prepare_cpu()
         pp_rank, tp_rank = support.worker_rank(self._vllm_config)
-        self._worker.register(kv_caches, rank=f"pp{pp_rank}tp{tp_rank}", isa=support.instruction_set(self._vllm_config))
+        self._worker.register(
+            kv_caches, pp_rank=pp_rank, tp_rank=tp_rank, isa=support.instruction_set(self._vllm_config)
+        )
 
     def wrap_transport(self, wrap: TransportWrapper) -> None:
         """Put something between the worker and its transport, such as a modelled link. Before `register_kv_caches`."""
@@ -135,12 +141,9 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
         workers = {rank: item for rank, item in metadata.items() if isinstance(item, WorkerMetadata)}
         if not workers:
             raise ConfigError("no worker has registered its KV cache: this model has none to transfer")
-        shape = [
-            [[segment.name, segment.block_bytes] for group in item.layout.groups for segment in group]
-            for item in workers.values()
-        ]
+        heads = describe_heads(item.layout for item in workers.values())
         isa = next(iter(workers.values())).isa
-        fingerprint = engine_fingerprint(self._vllm_config, isa=isa, layout_shape=shape)
+        fingerprint = engine_fingerprint(self._vllm_config, isa=isa, heads=heads)
         if self.settings.role == "prefill":
             self._open_prefill(fingerprint, workers)
         else:
@@ -180,7 +183,6 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
         control = DecodeControl(
             keys=curve_keys(self._key),
             fingerprint=fingerprint,
-            worker_ranks=list(workers),
             worker_links=[item.link for item in workers.values()],
             pull_timeout_s=self.settings.pull_timeout_s,
             on_report=self._wake_engine,

@@ -1,6 +1,7 @@
 """Everything that is said between engines, and between an engine's core and its workers. Version history:
 
 1  first version
+2  segments tell which heads they hold and how these lie; a worker is told of all ranks of a peer
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import msgspec
 from vllm_disagg.core.types import EngineId, TransferId
 from vllm_disagg.transport.layout import RankLayout
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 M = TypeVar("M")
 
@@ -111,10 +112,10 @@ class Progress(_Message, frozen=True):
 
 
 class ConnectPeer(_Message, frozen=True):
-    """Get ready to read from this rank of that engine. Answered with `PeerState`."""
+    """Get ready to read from that engine, whose ranks these are. Answered with `PeerState`."""
 
     engine_id: EngineId
-    rank: RankInfo
+    ranks: tuple[RankInfo, ...]
 
 
 class DisconnectPeer(_Message, frozen=True):
@@ -133,10 +134,11 @@ class CancelRead(_Message, frozen=True):
 
 
 class PeerState(_Message, frozen=True):
-    """Whether this worker can read from that engine; `error` is empty if so."""
+    """Whether this worker can read from that engine; `error` is empty if so, `misfit` says that it never can."""
 
     engine_id: EngineId
     error: str = ""
+    misfit: bool = False
 
 
 class ReadEnded(_Message, frozen=True):

@@ -10,7 +10,7 @@ from vllm_disagg.transport.base import CANCEL_BOUND_S
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,20 @@ def worker_rank(vllm_config: VllmConfig) -> tuple[int, int]:
     parallel = vllm_config.parallel_config
     pp_rank, tp_rank = divmod(parallel.rank, parallel.tensor_parallel_size)
     return pp_rank, tp_rank
+
+
+def heads_of_rank(vllm_config: VllmConfig, spec: KVCacheSpec) -> range:
+    """Which of the model's KV heads this worker holds.
+
+    vLLM shares them among the tensor-parallel ranks. Where there are more ranks than heads, as with MLA's only one,
+    ranks next to each other hold the same. An emulated model may have fewer heads than its configuration says.
+    """
+    size = vllm_config.parallel_config.tensor_parallel_size
+    _, tp_rank = worker_rank(vllm_config)
+    model = vllm_config.model_config
+    num_shares = min(size, 1 if model.use_mla else model.get_total_num_kv_heads())
+    first = tp_rank * num_shares // size * spec.num_kv_heads
+    return range(first, first + spec.num_kv_heads)
 
 
 def instruction_set(vllm_config: VllmConfig) -> str:

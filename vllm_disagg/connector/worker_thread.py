@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +27,9 @@ from vllm_disagg.connector.messages import (
 )
 from vllm_disagg.connector.secure import CurveKeys, send_now, server_socket, start_authenticator
 from vllm_disagg.core.types import BlockIds, EngineId, TransferId
-from vllm_disagg.transport.base import Outcome, PeerName, TransferHandle, Transport
-from vllm_disagg.transport.layout import RankLayout, check_same_shape, plan_reads
+from vllm_disagg.errors import IncompatiblePeer, TransportError
+from vllm_disagg.transport.base import Copy, Outcome, PeerName, TransferHandle, Transport
+from vllm_disagg.transport.layout import RankLayout, Routes, plan_reads, plan_routes
 
 logger = logging.getLogger(__name__)
 
@@ -51,28 +52,45 @@ class ReadJob:
     remote_blocks: BlockIds
 
 
-@dataclass(slots=True)
-class _Peer:
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """One rank of a prefill engine, and what we read of it."""
+
     name: PeerName
-    layout: RankLayout
+    routes: Routes
 
 
-@dataclass(slots=True)
-class _Reads:
-    """Reads under way, by both of their names."""
+@dataclass(slots=True, eq=False)
+class _Pull:
+    """The reads of one job that are under way, one from each rank that holds a part of it, and the sum of those that
+    have ended."""
 
-    handles: dict[TransferId, TransferHandle] = field(default_factory=dict)
-    transfers: dict[int, TransferId] = field(default_factory=dict)
+    transfer_id: TransferId
+    handles: list[TransferHandle] = field(default_factory=list)
+    num_bytes: int = 0
+    num_descriptors: int = 0
+    seconds: float = 0.0
+    error: str = ""
 
-    def add(self, transfer_id: TransferId, handle: TransferHandle) -> None:
-        self.handles[transfer_id] = handle
-        self.transfers[id(handle)] = transfer_id
+    def add(self, outcome: Outcome) -> None:
+        """One of its reads has ended."""
+        self.handles.remove(outcome.handle)
+        self.num_bytes += outcome.num_bytes
+        self.num_descriptors += outcome.num_descriptors
+        self.seconds = max(self.seconds, outcome.seconds)
+        if outcome.state != "done":
+            self.error = self.error or outcome.error or outcome.state
 
-    def pop(self, handle: TransferHandle) -> TransferId | None:
-        transfer_id = self.transfers.pop(id(handle), None)
-        if transfer_id is not None:
-            del self.handles[transfer_id]
-        return transfer_id
+    @property
+    def ended(self) -> ReadEnded:
+        """The report, once no handle is left."""
+        return ReadEnded(
+            transfer_id=self.transfer_id,
+            num_bytes=self.num_bytes,
+            num_descriptors=self.num_descriptors,
+            seconds=self.seconds,
+            error=self.error,
+        )
 
 
 class WorkerThread:
@@ -82,15 +100,23 @@ class WorkerThread:
         open_transport: builds the transport and registers this worker's memory; called on the new thread.
         layout: this worker's KV cache.
         keys: the deployment's CURVE keys.
+        spread: see `plan_routes`.
     """
 
     def __init__(
-        self, *, open_transport: Callable[[], tuple[Transport, bytes]], layout: RankLayout, keys: CurveKeys
+        self,
+        *,
+        open_transport: Callable[[], tuple[Transport, bytes]],
+        layout: RankLayout,
+        keys: CurveKeys,
+        spread: int = 0,
     ) -> None:
         self._open_transport, self._layout = open_transport, layout
         self._jobs: Mailbox[ReadJob | None] = Mailbox()
-        self._peers: dict[EngineId, _Peer] = {}
-        self._reads = _Reads()
+        self._spread = spread
+        self._sources: dict[EngineId, list[_Source]] = {}
+        self._pulls: dict[TransferId, _Pull] = {}
+        self._by_handle: dict[int, _Pull] = {}
         self._cancelled: dict[TransferId, None] = {}
         self._serving = False
         self._pause = threading.Event()  # never set: a wait with a fraction of a millisecond
@@ -178,15 +204,13 @@ class WorkerThread:
             case ConnectPeer():
                 self._connect(message)
             case DisconnectPeer():
-                peer = self._peers.pop(message.engine_id, None)
-                if peer is not None:
-                    self._transport.disconnect(peer.name)
+                self._disconnect(self._sources.pop(message.engine_id, ()))
             case CancelRead():
-                handle = self._reads.handles.get(message.transfer_id)
-                if handle is None:
+                pull = self._pulls.get(message.transfer_id)
+                if pull is None:
                     self._cancel_later(message.transfer_id)
                 else:
-                    self._transport.cancel(handle)
+                    self._cancel(pull)
 
     def _cancel_later(self, transfer_id: TransferId) -> None:
         """Remember a cancel that came before its job. One whose job was over already is forgotten in time."""
@@ -195,49 +219,65 @@ class WorkerThread:
             del self._cancelled[next(iter(self._cancelled))]
 
     def _connect(self, message: ConnectPeer) -> None:
-        error = ""
+        sources: list[_Source] = []
+        error, misfit = "", False
         try:
-            check_same_shape(self._layout, message.rank.layout)
-            name = self._transport.connect(message.rank.descriptor)
-            self._peers[message.engine_id] = _Peer(name, message.rank.layout)
+            routes = plan_routes(self._layout, [rank.layout for rank in message.ranks], spread=self._spread)
+            for index, wanted in routes.items():
+                sources.append(_Source(self._transport.connect(message.ranks[index].descriptor), wanted))
         except Exception as failure:  # whatever a peer's descriptor does to the library, the peer is refused
-            error = str(failure) or type(failure).__name__
-        self._say(PeerState(engine_id=message.engine_id, error=error))
+            error, misfit = str(failure) or type(failure).__name__, isinstance(failure, IncompatiblePeer)
+            self._disconnect(sources)
+        else:
+            self._sources[message.engine_id] = sources
+        self._say(PeerState(engine_id=message.engine_id, error=error, misfit=misfit))
+
+    def _disconnect(self, sources: Sequence[_Source]) -> None:
+        for source in sources:
+            self._transport.disconnect(source.name)
 
     def _begin(self, job: ReadJob) -> None:
         if job.transfer_id in self._cancelled:
             del self._cancelled[job.transfer_id]
-            self._say(_not_begun(job.transfer_id, "cancelled before it began"))
+            self._say(_Pull(job.transfer_id, error="cancelled before it began").ended)
             return
-        peer = self._peers.get(job.engine_id)
-        if peer is None:
-            self._say(_not_begun(job.transfer_id, "the prefill engine is not connected"))
-            return
+        pull = _Pull(job.transfer_id)
         try:
-            copies = plan_reads(self._layout, peer.layout, job.local_blocks, job.remote_blocks)
-            if not copies:
-                self._say(_not_begun(job.transfer_id, ""))
-                return
-            handle = self._transport.read(peer.name, copies)
-        except Exception as failure:  # a job that cannot be planned fails alone
-            self._say(_not_begun(job.transfer_id, str(failure) or type(failure).__name__))
-            return
-        self._reads.add(job.transfer_id, handle)
+            for source, copies in self._planned(job):
+                handle = self._transport.read(source.name, copies)
+                pull.handles.append(handle)
+                self._by_handle[id(handle)] = pull
+        except Exception as failure:  # a job that cannot be planned or started fails alone
+            pull.error = str(failure) or type(failure).__name__
+        if pull.handles:
+            self._pulls[job.transfer_id] = pull
+        else:
+            self._say(pull.ended)
+        if pull.error:
+            self._cancel(pull)
+
+    def _planned(self, job: ReadJob) -> list[tuple[_Source, list[Copy]]]:
+        """What to read from which rank; nothing where there is nothing to read."""
+        sources = self._sources.get(job.engine_id)
+        if sources is None:
+            raise TransportError("the prefill engine is not connected")
+        planned = [(source, plan_reads(source.routes, job.local_blocks, job.remote_blocks)) for source in sources]
+        return [(source, copies) for source, copies in planned if copies]
+
+    def _cancel(self, pull: _Pull) -> None:
+        for handle in pull.handles:
+            self._transport.cancel(handle)
 
     def _ended(self, outcome: Outcome) -> None:
-        transfer_id = self._reads.pop(outcome.handle)
-        if transfer_id is None:
+        pull = self._by_handle.pop(id(outcome.handle), None)
+        if pull is None:
             return
-        error = "" if outcome.state == "done" else outcome.error or outcome.state
-        self._say(
-            ReadEnded(
-                transfer_id=transfer_id,
-                num_bytes=outcome.num_bytes,
-                num_descriptors=outcome.num_descriptors,
-                seconds=outcome.seconds,
-                error=error,
-            )
-        )
+        pull.add(outcome)
+        if not pull.handles:
+            del self._pulls[pull.transfer_id]
+            self._say(pull.ended)
+        elif pull.error:
+            self._cancel(pull)  # of no use without the part that has failed
 
     def _say(self, message: FromWorker) -> None:
         send_now(self._link, messages.encode(message))
@@ -246,7 +286,3 @@ class WorkerThread:
         self._jobs.close()
         self._authenticator.stop()
         self._context.destroy(linger=100)
-
-
-def _not_begun(transfer_id: TransferId, error: str) -> ReadEnded:
-    return ReadEnded(transfer_id=transfer_id, num_bytes=0, num_descriptors=0, seconds=0.0, error=error)

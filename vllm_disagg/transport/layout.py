@@ -1,12 +1,14 @@
-"""Where the blocks of a KV cache lie in memory, and which copies bring one engine's blocks to another's.
+"""Where the KV of blocks and heads lies in memory, and which copies bring one engine's to another's, whatever the
+tensor and pipeline parallelism of the two.
 
-Pure arithmetic on addresses. A block is opaque: on CPU its inside is packed for the instruction set, so whole blocks
-move, the partly filled last one too.
+Pure arithmetic on addresses. What one head keeps of one block is opaque: on CPU it is packed for the instruction set,
+so tokens are never cut out, and a partly filled block moves whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
@@ -19,21 +21,50 @@ NULL_BLOCK = 0
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
-    """One array of blocks: a layer's KV cache, or its K or V half where those lie apart.
+    """One rank's part of one array of blocks: a layer's KV cache, or its K or V half where those lie apart.
+
+    What head `first_head + h` keeps of block `b` are `num_rows` runs of `row_bytes`, the r-th of them at
+    `address + b * block_stride + h * head_stride + r * row_stride`. Where a head's bytes are in one piece there is one
+    row; where tokens lie outside heads there is one for each token.
 
     Attributes:
-        name: layer name, with the half where there are two; equal on both engines.
+        name: layer name, with the half where there are two; equal on all ranks and on both engines.
         address: of block 0.
-        block_stride: bytes from one block to the next.
-        block_bytes: bytes of one block's own data.
         num_blocks: how many blocks there are.
+        block_stride: bytes from one block to the next.
+        first_head: the first of this rank's KV heads, counted over the whole model.
+        num_heads: how many of them this rank holds, one after the other.
+        head_stride: bytes from one head to the next; 0 where they cannot be told apart. The rows are then those of all
+            heads together, and can only be read by a rank with the same heads.
+        num_rows, row_stride, row_bytes: see above.
     """
 
     name: str
     address: int
-    block_stride: int
-    block_bytes: int
     num_blocks: int
+    block_stride: int
+    first_head: int
+    num_heads: int
+    head_stride: int
+    num_rows: int
+    row_stride: int
+    row_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """From the first byte to the last, with whatever lies between."""
+        strides = (self.num_blocks - 1) * self.block_stride + (self.num_rows - 1) * self.row_stride
+        return strides + (self.num_heads - 1) * self.head_stride + self.row_bytes
+
+    @property
+    def end_head(self) -> int:
+        """The first head after this rank's."""
+        return self.first_head + self.num_heads
+
+    @property
+    def cell_bytes(self) -> int:
+        """What one head keeps of one block; all heads, where they cannot be told apart."""
+        return self.num_rows * self.row_bytes
 
 
 class RankLayout(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
@@ -43,31 +74,51 @@ class RankLayout(msgspec.Struct, frozen=True, kw_only=True, array_like=True, for
     device_id: int = 0
 
 
-def check_same_shape(local: RankLayout, remote: RankLayout) -> None:
-    """Refuse a peer whose blocks are cut otherwise than ours.
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What one of our segments takes from one of a peer's: in each block the same pieces, each of them its offset in
+    our block, its offset in the peer's, and its length."""
 
-    Raises:
-        IncompatiblePeer: another number of groups, other layers, or another block size in bytes.
-    """
-    ours, theirs = [_shape(group) for group in local.groups], [_shape(group) for group in remote.groups]
-    if len(ours) != len(theirs):
-        raise IncompatiblePeer("number of KV cache groups", ours=str(len(ours)), theirs=str(len(theirs)))
-    for mine, other in zip(ours, theirs, strict=True):
-        for name in [*mine, *(name for name in other if name not in mine)]:
-            if mine.get(name) != other.get(name):
-                raise IncompatiblePeer(
-                    f"block bytes of {name}", ours=str(mine.get(name, "absent")), theirs=str(other.get(name, "absent"))
-                )
+    local: Segment
+    remote: Segment
+    pieces: tuple[tuple[int, int, int], ...]
 
 
-def plan_reads(local: RankLayout, remote: RankLayout, local_blocks: BlockIds, remote_blocks: BlockIds) -> list[Copy]:
-    """The copies that fill `local_blocks` from `remote_blocks`, pairwise within each group.
+Routes = tuple[tuple[Route, ...], ...]
+"""All that one rank takes from one rank of a peer, for each KV cache group."""
 
-    Neighbouring blocks that follow each other on both sides become one copy. Placeholder blocks are left out.
+
+def plan_routes(local: RankLayout, remotes: Sequence[RankLayout], *, spread: int = 0) -> dict[int, Routes]:
+    """From which ranks of a peer one of our ranks reads what: every head of every layer it holds, once.
 
     Args:
-        local: our layout; same shape as `remote` (`check_same_shape`).
-        remote: the peer's layout.
+        local: our rank's layout.
+        remotes: those of all ranks of the peer.
+        spread: chooses among ranks that hold the same; ranks with different numbers share the load.
+
+    Returns:
+        The routes from each remote rank that has to be read, by its index.
+
+    Raises:
+        IncompatiblePeer: the peer does not hold what we need, or it cannot be cut out of what it holds.
+    """
+    found: dict[int, list[list[Route]]] = {}
+    for number, group in enumerate(local.groups):
+        holders = _holders(number, len(local.groups), remotes)
+        for segment in group:
+            for index, route in _routes_of(segment, holders.get(segment.name, []), spread):
+                found.setdefault(index, [[] for _ in local.groups])[number].append(route)
+    return {index: tuple(tuple(group) for group in found[index]) for index in sorted(found)}
+
+
+def plan_reads(routes: Routes, local_blocks: BlockIds, remote_blocks: BlockIds) -> list[Copy]:
+    """The copies that fill `local_blocks` from `remote_blocks` of one remote rank, pairwise within each group.
+
+    Neighbouring blocks that follow each other on both sides become one copy where they are read whole. Placeholder
+    blocks are left out.
+
+    Args:
+        routes: from that rank, by `plan_routes`.
         local_blocks: our block numbers, one tuple per group.
         remote_blocks: the peer's, as many in each group.
 
@@ -75,16 +126,118 @@ def plan_reads(local: RankLayout, remote: RankLayout, local_blocks: BlockIds, re
         ValueError: the block lists do not pair up, or a block number is outside its cache.
     """
     copies: list[Copy] = []
-    for ours, theirs, mine, other in zip(local.groups, remote.groups, local_blocks, remote_blocks, strict=True):
+    for group, mine, other in zip(routes, local_blocks, remote_blocks, strict=True):
         runs = _runs(mine, other)
-        far = {segment.name: segment for segment in theirs}
-        for segment in ours:
-            copies.extend(_copies(segment, far[segment.name], runs))
+        for route in group:
+            copies.extend(_copies(route, runs))
     return copies
 
 
-def _shape(group: Sequence[Segment]) -> dict[str, int]:
-    return {segment.name: segment.block_bytes for segment in group}
+def describe_heads(layouts: Iterable[RankLayout]) -> list[list[object]]:
+    """What an engine's KV cache is like, the same for each way to share it among ranks: for each segment of each group
+    the number of all heads, and the bytes that each keeps of a block. Plain values, to be compared with a peer's."""
+    heads: dict[tuple[int, str], tuple[int, int]] = {}
+    for layout in layouts:
+        for number, group in enumerate(layout.groups):
+            for segment in group:
+                most, _ = heads.get((number, segment.name), (0, 0))
+                cell = segment.cell_bytes if segment.head_stride else 0
+                heads[number, segment.name] = max(most, segment.end_head), cell
+    return [[number, name, *heads[number, name]] for number, name in sorted(heads)]
+
+
+_Holder = tuple[int, Segment]
+"""A remote rank's index and what it holds."""
+
+
+def _holders(number: int, num_groups: int, remotes: Sequence[RankLayout]) -> dict[str, list[_Holder]]:
+    found: dict[str, list[_Holder]] = {}
+    for index, remote in enumerate(remotes):
+        if len(remote.groups) != num_groups:
+            raise IncompatiblePeer("number of KV cache groups", ours=str(num_groups), theirs=str(len(remote.groups)))
+        for segment in remote.groups[number]:
+            found.setdefault(segment.name, []).append((index, segment))
+    return found
+
+
+def _routes_of(near: Segment, holders: Sequence[_Holder], spread: int) -> Iterator[tuple[int, Route]]:
+    """Go through our heads, and take from one holder at a time as many as it has."""
+    if not holders:
+        raise IncompatiblePeer(f"KV cache of {near.name}", ours="present", theirs="absent")
+    holders = _separable(near, holders)
+    for _, far in holders:
+        _check_cells(near, far)
+    head = near.first_head
+    while head < near.end_head:
+        having = [(index, far) for index, far in holders if far.first_head <= head < far.end_head]
+        if not having:
+            raise IncompatiblePeer(
+                f"KV heads of {near.name}",
+                ours=_span(near),
+                theirs=", ".join(sorted({_span(far) for _, far in holders})),
+            )
+        end = max(far.end_head for _, far in having)
+        having = [(index, far) for index, far in having if far.end_head == end]
+        index, far = having[spread % len(having)]
+        end = min(end, near.end_head)
+        yield index, Route(near, far, _pieces(near, far, head, end))
+        head = end
+
+
+def _separable(near: Segment, holders: Sequence[_Holder]) -> Sequence[_Holder]:
+    """Those whose heads can be cut as we need them, or need not be cut."""
+    heads = near.first_head, near.num_heads
+    kept = [
+        (index, far)
+        for index, far in holders
+        if (near.head_stride and far.head_stride) or (far.first_head, far.num_heads) == heads
+    ]
+    if not kept:
+        raise IncompatiblePeer(
+            "tensor parallel size",
+            ours=f"such that a rank holds heads {_span(near)} of {near.name} inseparably",
+            theirs=f"such that a rank holds heads {_span(holders[0][1])} inseparably",
+        )
+    return kept
+
+
+def _check_cells(near: Segment, far: Segment) -> None:
+    if near.cell_bytes != far.cell_bytes or bool(near.head_stride) != bool(far.head_stride):
+        raise IncompatiblePeer(
+            f"bytes per block of a KV head of {near.name}", ours=str(near.cell_bytes), theirs=str(far.cell_bytes)
+        )
+    if max(near.row_bytes, far.row_bytes) % min(near.row_bytes, far.row_bytes):
+        raise IncompatiblePeer(
+            f"bytes in one piece of a KV head of {near.name}", ours=str(near.row_bytes), theirs=str(far.row_bytes)
+        )
+
+
+def _pieces(near: Segment, far: Segment, first: int, end: int) -> tuple[tuple[int, int, int], ...]:
+    """Where in a block the heads from `first` up to, not including, `end` lie on both sides, in as few pieces as can
+    be."""
+    size = min(near.row_bytes, far.row_bytes)
+    heads = range(first, end) if near.head_stride else range(first, first + 1)
+    places = sorted(
+        (_offset(near, head, at), _offset(far, head, at)) for head in heads for at in range(0, near.cell_bytes, size)
+    )
+    pieces: list[tuple[int, int, int]] = []
+    for local, remote in places:
+        if pieces and (local, remote) == (pieces[-1][0] + pieces[-1][2], pieces[-1][1] + pieces[-1][2]):
+            pieces[-1] = (*pieces[-1][:2], pieces[-1][2] + size)
+        else:
+            pieces.append((local, remote, size))
+    return tuple(pieces)
+
+
+def _offset(segment: Segment, head: int, at: int) -> int:
+    """Of a head's byte `at`, from the beginning of its block."""
+    row, inside = divmod(at, segment.row_bytes)
+    return (head - segment.first_head) * segment.head_stride + row * segment.row_stride + inside
+
+
+def _span(segment: Segment) -> str:
+    last = segment.end_head - 1
+    return f"{segment.first_head}-{last}" if last > segment.first_head else str(last)
 
 
 def _runs(mine: Sequence[int], other: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -102,19 +255,15 @@ def _runs(mine: Sequence[int], other: Sequence[int]) -> list[tuple[int, int, int
     return runs
 
 
-def _copies(near: Segment, far: Segment, runs: Sequence[tuple[int, int, int]]) -> list[Copy]:
-    dense = near.block_stride == near.block_bytes and far.block_stride == far.block_bytes
+def _copies(route: Route, runs: Sequence[tuple[int, int, int]]) -> list[Copy]:
+    near, far, pieces = route.local, route.remote, route.pieces
+    touching = all(size == near.block_stride == far.block_stride for _, _, size in pieces)
     copies: list[Copy] = []
     for local, remote, length in runs:
         if local + length > near.num_blocks or remote + length > far.num_blocks or min(local, remote) < 0:
             raise ValueError(f"blocks {local} and {remote} (+{length}) lie outside the caches")
-        pieces = [(0, length)] if dense else [(index, 1) for index in range(length)]
-        for first, count in pieces:
-            copies.append(
-                Copy(
-                    near.address + (local + first) * near.block_stride,
-                    far.address + (remote + first) * far.block_stride,
-                    count * near.block_bytes,
-                )
-            )
+        for first, count in [(0, length)] if touching else [(index, 1) for index in range(length)]:
+            here = near.address + (local + first) * near.block_stride
+            there = far.address + (remote + first) * far.block_stride
+            copies.extend([Copy(here + at, there + from_, count * size) for at, from_, size in pieces])
     return copies
