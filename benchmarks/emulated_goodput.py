@@ -46,17 +46,20 @@ class System:
     decode: int
     rates: tuple[float, ...]
     """Requests per second and GPU."""
+    prefill_tp: int = 1
+    decode_tp: int = 1
 
     @property
     def num_gpus(self) -> int:
-        return self.prefill + self.decode
+        return self.prefill * self.prefill_tp + self.decode * self.decode_tp
 
 
 SYSTEMS = (
-    System(name="colocated", prefill=0, decode=1, rates=(0.5, 1.0, 1.5, 2.0, 2.5, 3.0)),
-    System(name="1P1D", prefill=1, decode=1, rates=(0.5, 1.0, 1.5, 2.0, 2.5)),
-    System(name="2P1D", prefill=2, decode=1, rates=(1.0, 1.5, 2.0, 2.5, 3.0)),
+    System(name="colocated", prefill=0, decode=1, rates=(0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5)),
+    System(name="split 2P1D", prefill=2, decode=1, rates=(0.5, 1.0, 1.25, 1.5, 2.0, 2.5)),
+    System(name="split 1P(TP2) 1D", prefill=1, prefill_tp=2, decode=1, rates=(0.5, 1.0, 1.25, 1.5, 2.0, 2.5)),
 )
+"""The last is the paper's placement of this model (Table 3). All use one GPU per TP rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +111,10 @@ def start(stack: ExitStack, system: System, host: ForkHost, folder: Path, option
         "--kv-lease-s", str(30 * k), "--kv-pull-timeout-s", str(10 * k),
     ]  # fmt: skip
 
-    def engine(name: str, role: str | None) -> EmulatedEngine:
+    def engine(name: str, role: str | None, tp: int = 1) -> EmulatedEngine:
         made = emulated_engine(
             name, host=host, folder=folder, key_file=key_file, role=role, profile=options.profile, block_size=16,
-            flags=flags if role is None else split_flags,
+            flags=[*(flags if role is None else split_flags), "--tensor-parallel-size", str(tp)],
         )  # fmt: skip
         stack.callback(made.kill)
         made.start()
@@ -121,8 +124,8 @@ def start(stack: ExitStack, system: System, host: ForkHost, folder: Path, option
         plain = engine("plain", None)
         plain.wait_until_ready()
         return plain.url
-    prefill = [engine(f"prefill-{index}", "prefill") for index in range(system.prefill)]
-    decode = [engine(f"decode-{index}", "decode") for index in range(system.decode)]
+    prefill = [engine(f"prefill-{index}", "prefill", system.prefill_tp) for index in range(system.prefill)]
+    decode = [engine(f"decode-{index}", "decode", system.decode_tp) for index in range(system.decode)]
     for server in (*prefill, *decode):
         server.wait_until_ready()
     patience = ["--prefill-timeout-s", str(600 * k), "--first-event-timeout-s", str(600 * k)]
@@ -202,7 +205,7 @@ async def run(options: argparse.Namespace) -> list[Cell]:
 
         async def one(system: System, rate: float, seed: int) -> Cell:
             async with gate:
-                folder = Path(name) / f"{system.name}-{rate:g}-{seed}"
+                folder = Path(name) / f"{SYSTEMS.index(system)}-{rate:g}-{seed}"
                 cell = await run_cell(system, rate, seed, host, folder, options)
             print(
                 f"{system.name} {rate:g}/s/GPU seed {seed}: attainment {cell.attainment:.1%} (TTFT "
