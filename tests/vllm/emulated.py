@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +27,8 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.executor.abstract import Executor
 
 from vllm_disagg.core.keys import create_key_file
+from vllm_disagg.core.latency import LatencyModel, Regime
+from vllm_disagg.core.profile import ModelShape, ParallelEntry, Profile, profile_document
 from vllm_disagg.core.types import new_transfer_id
 from vllm_disagg.emulation.executor import EmulatedExecutor
 from vllm_disagg.emulation.worker import EmulatedWorker
@@ -40,6 +44,16 @@ _numbers = itertools.count()
 def _parser() -> FlexibleArgumentParser:
     register()
     return EngineArgs.add_cli_args(FlexibleArgumentParser())
+
+
+_renderers: dict[str, Any] = {}
+
+
+def _renderer(config: Any) -> Any:
+    """Of a model's folder: vLLM takes a third of a second to copy its tokenizer, and all engines may share one."""
+    if config.model_config.model not in _renderers:
+        _renderers[config.model_config.model] = renderer_from_config(config)
+    return _renderers[config.model_config.model]
 
 
 @dataclass(slots=True)
@@ -80,7 +94,7 @@ class Engine:
             namespace.kv_transfer_config.kv_connector_extra_config["transport"] = transport
         self.config = EngineArgs.from_cli_args(namespace).create_engine_config()
         self.core = EngineCore(self.config, Executor.get_class(self.config), log_stats=False)
-        self.inputs = InputProcessor(self.config, renderer_from_config(self.config))
+        self.inputs = InputProcessor(self.config, _renderer(self.config))
         self.answers: dict[str, Answer] = {}
         self.decisions: list[Decision] = []
         self._record()
@@ -239,6 +253,34 @@ def emulated(*flags: str, profile: str = "tiny") -> Engine:
     return Engine(["--emulate", profile, "--dilation", "0", *flags])
 
 
+def tiny_llama_profile(folder: Path, *degrees: int) -> Path:
+    """A profile of the tiny Llama that real engines run, with these tensor-parallel degrees."""
+    regime = Regime(constant_s=0.001)
+    entries = {
+        tp: ParallelEntry(
+            tp=tp, latency=LatencyModel(prefill=(regime,), decode=(regime,)), kv_capacity_tokens={1: 65536}
+        )
+        for tp in degrees
+    }
+    shape = ModelShape(
+        name="tiny-llama",
+        num_layers=3,
+        num_heads=8,
+        num_kv_heads=4,
+        head_size=32,
+        hidden_size=256,
+        weight_bytes=5_000_000,
+        kv_bytes_per_token=3072,
+        max_model_len=4096,
+    )
+    profile = Profile(
+        model=shape, device="none", device_memory_bytes=2**30, kind="guess", source="for tests", entries=entries
+    )
+    path = folder / "profile.json"
+    path.write_text(json.dumps(profile_document(profile)), encoding="utf-8")
+    return path
+
+
 class Split:
     """A prefill and a decode engine, and the part of the proxy between them.
 
@@ -288,3 +330,47 @@ class Split:
     def stop(self) -> None:
         self.decode.stop()
         self.prefill.stop()
+
+
+class Requests:
+    """Prompts and wishes of all kinds, the same for each seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = random.Random(seed)
+        self._prefixes = [self._words(length) for length in (16, 40, 64, 130)]
+
+    def prompt(self) -> list[int]:
+        rng = self._rng
+        length = rng.choice([2, 3, 15, 16, 17, 31, 32, 33, 48, 49, 64, rng.randrange(2, 200)])
+        return (rng.choice(self._prefixes) if rng.random() < 0.4 else []) + self._words(length)
+
+    def sampling(self) -> SamplingParams:
+        rng = self._rng
+        wishes = rng.choice(
+            [
+                {},
+                {"seed": rng.randrange(1000), "temperature": 0.9, "top_p": 0.9},
+                {"seed": rng.randrange(1000), "temperature": 1.5, "top_k": 5, "min_p": 0.05},
+                {"logprobs": 5},
+                {"seed": 7, "temperature": 0.7, "logprobs": 0},
+                {"allowed_token_ids": list(range(9000, 9008)), "stop_token_ids": [9000, 9001]},
+                {"frequency_penalty": 1.0, "repetition_penalty": 1.2, "logprobs": 2},
+                {"min_tokens": 2, "logit_bias": {9100: 7.5}},
+            ]
+        )
+        return SamplingParams(
+            **{
+                "temperature": 0.0,
+                "max_tokens": rng.choice([1, 2, 5, 9, 40]),
+                "ignore_eos": rng.random() < 0.5,
+                **wishes,
+            }
+            | ({"max_tokens": 6} if "min_tokens" in wishes else {})
+        )
+
+    def is_local(self) -> bool:
+        """Whether the proxy would send this one to decode alone."""
+        return self._rng.random() < 0.1
+
+    def _words(self, length: int) -> list[int]:
+        return [self._rng.randrange(4200, 28000) for _ in range(length)]

@@ -15,10 +15,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from tests.vllm.emulated import Engine
-from tests.vllm.traces import MAX_MODEL_LEN, Trace, flags_of, traces
-from vllm_disagg.core.latency import LatencyModel, Regime
-from vllm_disagg.core.profile import ModelShape, ParallelEntry, Profile, profile_document
+from tests.vllm.emulated import Engine, tiny_llama_profile
+from tests.vllm.traces import Trace, flags_of, traces
 
 pytestmark = pytest.mark.vllm
 
@@ -29,37 +27,7 @@ TRACES = traces()
 @pytest.fixture
 def profile(tmp_path: Path) -> Path:
     """Of the tiny Llama that the real engine runs."""
-    regime = Regime(constant_s=0.001)
-    shape = ModelShape(
-        name="tiny-llama",
-        num_layers=3,
-        num_heads=8,
-        num_kv_heads=4,
-        head_size=32,
-        hidden_size=256,
-        weight_bytes=5_000_000,
-        kv_bytes_per_token=3072,
-        max_model_len=4096,
-    )
-    document = profile_document(
-        Profile(
-            model=shape,
-            device="none",
-            device_memory_bytes=2**30,
-            kind="guess",
-            source="only its decisions count",
-            entries={
-                1: ParallelEntry(
-                    tp=1,
-                    latency=LatencyModel(prefill=(regime,), decode=(regime,)),
-                    kv_capacity_tokens={1: 100 * MAX_MODEL_LEN},
-                )
-            },
-        )
-    )
-    path = tmp_path / "profile.json"
-    path.write_text(json.dumps(document), encoding="utf-8")
-    return path
+    return tiny_llama_profile(tmp_path, 1)
 
 
 def run_real(numbers: list[int], folder: Path) -> dict[str, Any]:

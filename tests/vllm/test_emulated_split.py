@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import json
 import random
 import socket
 import time
@@ -20,13 +21,15 @@ pytest.importorskip("vllm")
 
 from vllm.sampling_params import SamplingParams
 
-from tests.vllm.emulated import Engine, Split, emulated
+from tests.vllm.emulated import Engine, Requests, Split, emulated
+from vllm_disagg.emulation.settings import FAULTS_ENV
 from vllm_disagg.emulation.worker import EmulatedWorker
 from vllm_disagg.transport.base import Copy, Outcome, PeerName, TransferHandle, Transport
 
 pytestmark = pytest.mark.vllm
 
 BLOCK_SIZE = 16
+GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
 SHAPES = ((1, 1), (2, 1), (1, 2), (2, 2))
 """Tensor-parallel and pipeline degree."""
 
@@ -72,50 +75,6 @@ DEPLOYMENTS = [
     Deployment(tp=tp, pp=pp, hook_order=order, **kind)
     for (tp, pp), order, kind in itertools.product(SHAPES, ("v1", "v2"), KINDS)
 ]
-
-
-class Requests:
-    """Prompts and wishes of all kinds, the same for each seed."""
-
-    def __init__(self, seed: int) -> None:
-        self._rng = random.Random(seed)
-        self._prefixes = [self._words(length) for length in (16, 40, 64, 130)]
-
-    def prompt(self) -> list[int]:
-        rng = self._rng
-        length = rng.choice([2, 3, 15, 16, 17, 31, 32, 33, 48, 49, 64, rng.randrange(2, 200)])
-        return (rng.choice(self._prefixes) if rng.random() < 0.4 else []) + self._words(length)
-
-    def sampling(self) -> SamplingParams:
-        rng = self._rng
-        wishes = rng.choice(
-            [
-                {},
-                {"seed": rng.randrange(1000), "temperature": 0.9, "top_p": 0.9},
-                {"seed": rng.randrange(1000), "temperature": 1.5, "top_k": 5, "min_p": 0.05},
-                {"logprobs": 5},
-                {"seed": 7, "temperature": 0.7, "logprobs": 0},
-                {"allowed_token_ids": list(range(9000, 9008)), "stop_token_ids": [9000, 9001]},
-                {"frequency_penalty": 1.0, "repetition_penalty": 1.2, "logprobs": 2},
-                {"min_tokens": 2, "logit_bias": {9100: 7.5}},
-            ]
-        )
-        return SamplingParams(
-            **{
-                "temperature": 0.0,
-                "max_tokens": rng.choice([1, 2, 5, 9, 40]),
-                "ignore_eos": rng.random() < 0.5,
-                **wishes,
-            }
-            | ({"max_tokens": 6} if "min_tokens" in wishes else {})
-        )
-
-    def is_local(self) -> bool:
-        """Whether the proxy would send this one to decode alone."""
-        return self._rng.random() < 0.1
-
-    def _words(self, length: int) -> list[int]:
-        return [self._rng.randrange(4200, 28000) for _ in range(length)]
 
 
 def unequal(deployment: Deployment, whole: Engine, folder: Path, count: int, seed: int) -> list[str]:
@@ -372,13 +331,38 @@ def test_a_thousand_faults_change_the_tokens(tmp_path: Path) -> None:
     assert all(item.noticed == item.injected for item in total.values())
 
 
+@pytest.mark.parametrize("kind", ["corrupt_read", "drop_block", "late_block", "fail_read"])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
+def test_faults_on_demand_hit_every_third_transfer(
+    kind: str, tp: int, pp: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = {"kind": kind, "every": 3} | ({"seconds": 3600} if kind == "late_block" else {})
+    (tmp_path / "faults.json").write_text(json.dumps({"faults": [fault]}), encoding="utf-8")
+    monkeypatch.setenv(FAULTS_ENV, str(tmp_path / "faults.json"))
+    whole, split = emulated(), Split(tmp_path, free_port(), [*parallel(tp, pp), "--emulate-link", "25g"])
+    prompts = [[4300 + index] * (20 + 9 * index) for index in range(12)]
+
+    changed = []
+    for prompt in prompts:  # one after the other: reads are counted in the order of their beginning
+        (answer,) = split.answers([prompt], [GREEDY])
+        changed.append(answer.tokens != whole.answer(prompt, GREEDY).tokens)
+
+    expected = [kind != "fail_read" and number % 3 == 0 for number in range(1, 13)]
+    assert changed == expected, "a failed transfer is computed again, the others are noticed by nobody but the tokens"
+    local = sum(count > 1 for decision in split.decode.decisions for _, count in decision.tokens)
+    assert local >= 4 if kind == "fail_read" else local == 0  # ranks whose read was called off count on for themselves
+    for engine in (split, whole):
+        engine.settle()
+        engine.stop()
+
+
 def test_without_a_fault_the_gates_change_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "pair"
     folder.mkdir()
     whole, split = emulated(), Split(folder, free_port())
     gates_of(split.decode)
     prompts = [[5000 + index] * (20 + index) for index in range(10)]
-    wishes = [SamplingParams(max_tokens=4, temperature=0.0) for _ in prompts]
+    wishes = [GREEDY for _ in prompts]
 
     answers = split.answers(prompts, wishes)
 

@@ -10,7 +10,8 @@ The environment variable `VLLM_DISAGG_FAULTS` names a JSON file, read again when
         {"kind": "fail_read", "every": 5}
     ]}
 
-Steps and reads count from 1, from the engine's start. Nothing that comes over the network can set it.
+Steps and reads count from 1, from the engine's start; each rank counts its own reads. Nothing that comes over the
+network can set it.
 """
 
 from __future__ import annotations
