@@ -1,0 +1,529 @@
+"""An emulated engine against the real engine that its profile was measured from.
+
+    taskset -c 0,1 python -m benchmarks.emulation_fidelity
+
+A real SmolLM2-135M computes on the first core; its API server, its EngineCore and the load generator have the second
+one. Profiling loads alternate with loads that are compared later. Then an emulated engine, with the profile that was
+fitted and the same places on the cores, gets exactly the requests of the compared loads at the same planned moments.
+Profiling and compared loads differ in lengths, arrivals and prompts.
+
+Every compared load is short and lies next to a profiling load in time, so that a machine that becomes slower
+meanwhile does so for both. The emulated runs come last: they wait, and do not care for memory bandwidth.
+
+A virtual machine's pace changes within a minute by more than the emulation is wrong. So the emulated engine runs twice:
+with the profile alone, and with the profile at the pace that the real device had at each moment of each run: what its
+steps took, over what the profile says for them, in windows of a few seconds. The second one shows what the emulation
+itself adds: scheduling, queueing and the host's own time. Pace travels as a `slow` fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from benchmarks.load import LoadShape, Request, Times, drive, poisson
+from benchmarks.machine import OtherLoad, fact_list, facts, table
+from benchmarks.step_fit import fit, jitter, residuals
+from tests.e2e.engines import Server
+from vllm_disagg.core.latency import LatencyModel, work_of
+from vllm_disagg.core.profile import ModelShape, ParallelEntry, Profile, profile_document
+from vllm_disagg.demo.model import smollm2_path
+from vllm_disagg.emulation.settings import FAULTS_ENV
+from vllm_disagg.launcher.machine import free_ports
+from vllm_disagg.profiler.steps import STEPS_ENV, RecordedStep, cycles_s, read_steps
+
+REAL, EMULATED, PACED = "real", "emulated", "emulated, paced"
+BLOCK_SIZE, NUM_BLOCKS, KV_BYTES = 32, 400, 700_000_000
+SHAPE = LoadShape(prompt_tokens=(16, 160), output_tokens=(8, 24))
+"""Of the compared loads."""
+
+PROFILING = LoadShape(prompt_tokens=(8, 320), output_tokens=(3, 32))
+BURSTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 1, 2, 3, 4, 5, 6, 8, 10, 12)
+"""Requests of each burst of the profiling loads."""
+
+BURST_SHARES = 9
+"""A profiling load is this part of them."""
+
+WINDOW_S = 3.0
+"""Over which the real device's pace is measured."""
+
+BURST_SPACING_S = 0.15
+"""Mean time between the requests of a burst: some come while others are computed, so that there are mixed steps."""
+
+REST_S = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One compared load on one engine."""
+
+    engine: str
+    rate_per_s: float
+    block: int
+    number: int
+    start_s: float
+    """On the engine's clock."""
+    times: tuple[Times, ...]
+    steps: tuple[RecordedStep, ...]
+    load_average: float
+    stolen: float
+    """Share of the used cores' time that the hypervisor gave to others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """All that was measured, and the profile that came of it."""
+
+    runs: Sequence[Run]
+    profiling: Sequence[RecordedStep]
+    latency: LatencyModel
+    jitter: float
+    profile: Profile
+
+
+@contextmanager
+def engine(name: str, flags: Sequence[str], folder: Path, cores: Sequence[int]) -> Iterator[Server]:
+    """An engine that records its steps, ready; what does not compute is on the last core."""
+    port = free_ports(1)[0]
+    argv = [
+        "taskset", "-c", ",".join(map(str, cores)),
+        sys.executable, "-m", "vllm_disagg", "serve", str(smollm2_path()), "--port", str(port), "--host", "127.0.0.1",
+        "--served-model-name", "model", "--enforce-eager", "--dtype", "float32", "--max-model-len", "2048",
+        "--block-size", str(BLOCK_SIZE), "--num-gpu-blocks-override", str(NUM_BLOCKS),
+        "--kv-cache-memory-bytes", str(KV_BYTES), "--max-num-batched-tokens", "512", "--max-num-seqs", "64",
+        "--no-enable-prefix-caching", *flags,
+    ]  # fmt: skip
+    env = {
+        "VLLM_CPU_CI_ENV": "1", "VLLM_CPU_OMP_THREADS_BIND": str(cores[0]), "VLLM_NO_USAGE_STATS": "1",
+        STEPS_ENV: str(folder / f"{name}.steps"), FAULTS_ENV: str(folder / f"{name}.faults"),
+    }  # fmt: skip
+    server = Server(name=name, argv=argv, log=folder / f"{name}.log", env=env, port=port)
+    try:
+        server.start()
+        server.wait_until_ready()
+        pin(server, cores[-1])
+        asyncio.run(warm_up(server))
+        yield server
+    finally:
+        server.kill()
+
+
+def pin(server: Server, core: int) -> None:
+    """Keep every thread but the worker's on one core."""
+    for process in server.tree():
+        if "Worker" not in process.name():
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, {core})
+
+
+async def warm_up(server: Server) -> None:
+    """A few requests of every length."""
+    for times in await drive([server.url], poisson(PROFILING, rate_per_s=1.5, seconds=10.0, seed=(0, 0))):
+        assert not times.error, f"{server.name} does not work: {times.error}"
+
+
+async def profiling_load(server: Server, sizes: Sequence[int], seed: Sequence[int]) -> None:
+    """Bursts of these sizes, each until its last answer."""
+    random = np.random.default_rng(list(seed))
+    for size in sizes:
+        requests = [
+            Request(
+                at_s=float(random.uniform(0, BURST_SPACING_S * size)),
+                prompt=tuple(random.integers(*PROFILING.token_ids, random.integers(*PROFILING.prompt_tokens)).tolist()),
+                num_output_tokens=int(random.integers(*PROFILING.output_tokens)),
+            )
+            for _ in range(size)
+        ]
+        for times in await drive([server.url], requests):
+            assert not times.error, f"{server.name}: {times.error}"
+
+
+class Log:
+    """A server's steps since the last look."""
+
+    def __init__(self, server: Server) -> None:
+        self._path, self._seen = Path(server.env[STEPS_ENV]), 0
+        self.new()
+
+    def new(self) -> list[RecordedStep]:
+        """What was written since."""
+        steps = read_steps(self._path)
+        found, self._seen = steps[self._seen :], len(steps)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """One compared load."""
+
+    rate_per_s: float
+    block: int
+    number: int
+    requests: Sequence[Request]
+
+
+def compared_loads(options: argparse.Namespace) -> list[Load]:
+    """All of them, in their order. Those of one rate and block are the same in every repetition."""
+    return [
+        Load(
+            rate_per_s=rate,
+            block=block,
+            number=number,
+            requests=poisson(
+                SHAPE, rate_per_s=rate, seconds=options.requests / rate, seed=(options.seed, round(100 * rate), block)
+            ),
+        )
+        for number in range(options.repetitions)
+        for block in range(options.blocks)
+        for rate in (options.rates if number % 2 == 0 else options.rates[::-1])
+    ]
+
+
+async def compare(
+    server: Server, log: Log, load: Load, cores: Sequence[int], *, engine: str, pace: Sequence[float] = ()
+) -> Run:
+    """One run."""
+    log.new()
+    stolen, start_s = Stolen(cores), time.monotonic()
+    pacing = asyncio.create_task(keep_pace(Path(server.env[FAULTS_ENV]), pace))
+    times = await drive([server.url], load.requests)
+    pacing.cancel()
+    await asyncio.sleep(REST_S)
+    run = Run(
+        engine=engine,
+        rate_per_s=load.rate_per_s,
+        block=load.block,
+        number=load.number,
+        start_s=start_s,
+        times=tuple(times),
+        steps=tuple(log.new()),
+        load_average=os.getloadavg()[0],
+        stolen=stolen.share(),
+    )
+    print(progress_line(run), flush=True)
+    return run
+
+
+def pace_of(run: Run, latency: LatencyModel) -> list[float]:
+    """How much slower than the profile the device was, window after window. Windows without steps are as the last."""
+    measured: dict[int, float] = {}
+    modelled: dict[int, float] = {}
+    for step in run.steps:
+        window = int((step.at_s - run.start_s) / WINDOW_S)
+        measured[window] = measured.get(window, 0.0) + step.step_s
+        modelled[window] = modelled.get(window, 0.0) + latency.step_s(work_of(step.requests))
+    pace: list[float] = []
+    for window in range(max(measured) + 1):
+        before = pace[-1] if pace else 1.0
+        pace.append(measured[window] / modelled[window] if window in measured else before)
+    return pace
+
+
+async def keep_pace(file: Path, pace: Sequence[float]) -> None:
+    """Have the emulated device go at that pace, window after window, the last one until this is cancelled."""
+    try:
+        for factor in pace:
+            set_pace(file, factor)
+            await asyncio.sleep(WINDOW_S)
+        await asyncio.Event().wait()
+    finally:
+        set_pace(file, 1.0)
+
+
+def set_pace(file: Path, factor: float) -> None:
+    """From the next step on."""
+    draft = file.with_suffix(".draft")
+    draft.write_text(json.dumps({"faults": [{"kind": "slow", "factor": factor}]}))
+    draft.rename(file)
+
+
+class Stolen:
+    """What the hypervisor takes of some cores from now on."""
+
+    def __init__(self, cores: Sequence[int]) -> None:
+        self._cores = cores
+        self._before = self._sums()
+
+    def share(self) -> float:
+        """Of their time."""
+        stolen, total = (after - before for before, after in zip(self._before, self._sums(), strict=True))
+        return stolen / total if total else 0.0
+
+    def _sums(self) -> tuple[float, float]:
+        per_core = psutil.cpu_times(percpu=True)
+        times = [per_core[core] for core in self._cores]
+        return sum(item.steal for item in times), sum(sum(item[:8]) for item in times)
+
+
+def progress_line(run: Run) -> str:
+    """What a run says at once."""
+    errors = [times.error for times in run.times if times.error]
+    figures = ", ".join(f"{name} {figure([run]):.1f}" for name, figure in FIGURES.items())
+    what = f"{run.engine} at {run.rate_per_s:g}/s, block {run.block + 1}, repetition {run.number + 1}"
+    return f"{what}: {len(run.times)} requests, errors {errors}, {figures}"
+
+
+def measure(options: argparse.Namespace, folder: Path) -> Result:
+    """Profile and compare."""
+    real: list[Run] = []
+    profiling: list[RecordedStep] = []
+    loads = compared_loads(options)
+    os.sched_setaffinity(0, {options.cores[-1]})
+    backend = "--distributed-executor-backend"
+    with engine(REAL, (backend, "vllm_disagg.profiler.recorder.RecordingExecutor"), folder, options.cores) as server:
+        log = Log(server)
+        for index, load in enumerate(loads):
+            log.new()
+            asyncio.run(profiling_load(server, BURSTS[index % BURST_SHARES :: BURST_SHARES], (options.seed, 7, index)))
+            profiling += log.new()
+            real.append(asyncio.run(compare(server, log, load, options.cores, engine=REAL)))
+    latency = fit(profiling)
+    profile, noise = profile_of(latency, profiling), jitter(latency, profiling)
+    path = folder / "profile.json"
+    path.write_text(json.dumps(profile_document(profile), indent=1))
+    flags = (
+        "--emulate", str(path), "--emulate-jitter", f"{noise:.4f}",
+        backend, "vllm_disagg.profiler.emulated.RecordingEmulatedExecutor",
+    )  # fmt: skip
+    emulated: list[Run] = []
+    with engine(EMULATED, flags, folder, options.cores) as server:
+        log = Log(server)
+        for run, load in zip(real, loads, strict=True):
+            pace = pace_of(run, latency)
+            if load.number == 0:
+                emulated.append(asyncio.run(compare(server, log, load, options.cores, engine=EMULATED)))
+            emulated.append(asyncio.run(compare(server, log, load, options.cores, engine=PACED, pace=pace)))
+    return Result(runs=[*real, *emulated], profiling=profiling, latency=latency, jitter=noise, profile=profile)
+
+
+def profile_of(latency: LatencyModel, steps: Sequence[RecordedStep]) -> Profile:
+    """A profile of the real engine."""
+    config = json.loads((smollm2_path() / "config.json").read_text())
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    kv_heads, head_size = config["num_key_value_heads"], config.get("head_dim") or hidden // heads
+    shape = ModelShape(
+        name="SmolLM2-135M-Instruct",
+        num_layers=config["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_size=head_size,
+        hidden_size=hidden,
+        weight_bytes=4 * 134_515_008,
+        kv_bytes_per_token=2 * 4 * config["num_hidden_layers"] * kv_heads * head_size,
+        max_model_len=config["max_position_embeddings"],
+    )
+    left = {f"{phase}_log_spread": values["log_spread"] for phase, values in residuals(latency, steps).items()}
+    entry = ParallelEntry(tp=1, latency=latency, kv_capacity_tokens={1: NUM_BLOCKS * BLOCK_SIZE}, residuals=left)
+    return Profile(
+        model=shape,
+        device="one CPU core",
+        device_memory_bytes=4 << 30,
+        kind="measured",
+        source=f"benchmarks.emulation_fidelity, {len(steps)} steps",
+        entries={1: entry},
+    )
+
+
+Figure = Callable[[Sequence[Run]], float]
+
+
+def percentile(which: Callable[[Times], float], percent: float) -> Figure:
+    """Over all requests of some runs, in milliseconds."""
+
+    def figure(runs: Sequence[Run]) -> float:
+        return (
+            float(np.percentile([which(times) for run in runs for times in run.times if not times.error], percent))
+            * 1e3
+        )
+
+    return figure
+
+
+FIGURES: dict[str, Figure] = {
+    f"{name} p{percent}": percentile(which, percent)
+    for name, which in (("TTFT", lambda times: times.ttft_s), ("TPOT", lambda times: times.tpot_s))
+    for percent in (50, 90)
+}
+
+
+TARGETS = {"p50": 0.05, "p90": 0.10}
+"""What the emulation is meant to reach."""
+
+
+def of_engine(runs: Sequence[Run], engine: str, rate: float) -> list[Run]:
+    """The runs of one rate on one engine, in their order."""
+    return [run for run in runs if (run.engine, run.rate_per_s) == (engine, rate)]
+
+
+def rows(runs: Sequence[Run], rate: float) -> list[tuple[str, ...]]:
+    """A row for each figure: the three engines, their differences, and what the real one differs from itself by."""
+    found = []
+    real, emulated, paced = (of_engine(runs, engine, rate) for engine in (REAL, EMULATED, PACED))
+    for name, figure in FIGURES.items():
+        target = TARGETS[name.split()[-1]]
+        found.append(
+            (
+                f"{rate:g}", name, with_each(real, figure), f"{figure(emulated):.0f}", f"{figure(paced):.0f}",
+                spread(real, figure), verdict(figure(emulated) / figure(real) - 1, target),
+                verdict(figure(paced) / figure(real) - 1, target), f"{target:.0%}",
+            )
+        )  # fmt: skip
+    return found
+
+
+HEAD = (
+    "requests/s", "figure", "real, ms", "emulated, ms", "paced, ms", "real against itself", "emulated - real",
+    "paced - real", "target",
+)  # fmt: skip
+
+
+def verdict(difference: float, target: float) -> str:
+    """The difference, marked where it is larger than it should be."""
+    return f"{difference:+.1%}" + ("" if abs(difference) <= target else " (missed)")
+
+
+def repetitions(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs of each repetition."""
+    return [[run for run in runs if run.number == number] for number in sorted({run.number for run in runs})]
+
+
+def with_each(runs: Sequence[Run], figure: Figure) -> str:
+    """The figure over all repetitions, and that of each."""
+    return f"{figure(runs):.0f} ({', '.join(f'{figure(each):.0f}' for each in repetitions(runs))})"
+
+
+def spread(runs: Sequence[Run], figure: Figure) -> str:
+    """By how much the highest repetition is above the lowest one."""
+    values = [figure(each) for each in repetitions(runs)]
+    return f"{max(values) / min(values) - 1:.1%}"
+
+
+def run_rows(runs: Sequence[Run], latency: LatencyModel) -> list[tuple[str, ...]]:
+    """A row for each run: what its steps were like, and whether it can be believed."""
+    found = []
+    for run in runs:
+        left = residuals(latency, run.steps)
+        measured = sum(step.step_s for step in run.steps)
+        modelled = sum(latency.step_s(work_of(step.requests)) for step in run.steps)
+        gaps = [cycle_s - step.step_s for step, cycle_s in cycles_s(run.steps)]
+        late_ms = max(times.sent_late_s for times in run.times) * 1e3
+        found.append(
+            (
+                run.engine, f"{run.rate_per_s:g}", str(run.block + 1), str(run.number + 1), str(len(run.times)),
+                str(sum(bool(times.error) for times in run.times)), str(len(run.steps)), f"{measured / modelled:.3f}",
+                *(f"{left[phase]['sum_ratio']:.3f}" if phase in left else "-" for phase in PHASES),
+                f"{np.mean(gaps) * 1e3:.2f}", f"{late_ms:.0f}", f"{run.load_average:.1f}", f"{run.stolen:.1%}",
+            )
+        )  # fmt: skip
+    return found
+
+
+PHASES = ("prefill", "decode", "mixed")
+RUN_HEAD = (
+    "engine", "requests/s", "block", "repetition", "requests", "failed", "steps", "step time / profile", *PHASES,
+    "between steps, ms", "sent late at most, ms", "load average", "cores stolen",
+)  # fmt: skip
+
+
+def report(result: Result, options: argparse.Namespace, found: dict[str, str]) -> str:
+    """The result as Markdown."""
+    left = residuals(result.latency, result.profiling)
+    fitted = [
+        (phase, f"{values['num_steps']:.0f}", f"{values['sum_ratio']:.3f}", f"{values['log_spread']:.1%}")
+        for phase, values in left.items()
+    ]
+    return (
+        "# Emulated against real: time\n\n"
+        f"{fact_list(found)}\n"
+        f"- engine: SmolLM2-135M-Instruct, float32, `--enforce-eager`, {NUM_BLOCKS} blocks of {BLOCK_SIZE} tokens, "
+        "512 tokens per step, no prefix cache; computes on the first core, everything else is on the second\n"
+        f"- load: Poisson, about {options.requests} requests per run, {options.blocks} different runs per rate, "
+        f"prompts of {SHAPE.prompt_tokens[0]}-{SHAPE.prompt_tokens[1]} random tokens, {SHAPE.output_tokens[0]}-"
+        f"{SHAPE.output_tokens[1]} output tokens, seed {options.seed}; the same requests in every repetition and "
+        "on every engine\n"
+        f"- profile: {len(result.profiling)} steps of the real engine under other loads, between the compared ones; "
+        f"jitter {result.jitter:.3f}, as the spread from each of them to the next\n\n"
+        'A figure is over the requests of all runs; in brackets that of each repetition. "Real against itself" is by\n'
+        "how much its highest repetition is above its lowest: the same requests, the same arrivals, the same engine.\n"
+        f"Paced: with the pace that the real device had, in windows of {WINDOW_S:g} s.\n\n"
+        f"{table(HEAD, [row for rate in options.rates for row in rows(result.runs, rate)])}\n\n"
+        'Each run, in the order they were made. "Step time / profile": seconds of all steps, over what the profile\n'
+        "says for the same steps.\n\n"
+        f"{table(RUN_HEAD, run_rows(result.runs, result.latency))}\n\n"
+        "The fit:\n\n"
+        f"{table(('steps', 'number', 'measured / modelled', 'spread'), fitted)}\n"
+    )
+
+
+def document(result: Result, found: dict[str, str]) -> dict[str, Any]:
+    """What is written as JSON: the profile, and TTFT and TPOT of each request."""
+    runs = [
+        {
+            "engine": run.engine, "rate_per_s": run.rate_per_s, "repetition": run.number + 1,
+            "ttft_s": [round(times.ttft_s, 4) for times in run.times if not times.error],
+            "tpot_s": [round(times.tpot_s, 4) for times in run.times if not times.error],
+            "load_average": run.load_average, "stolen": run.stolen,
+        }
+        for run in result.runs
+    ]  # fmt: skip
+    return {"facts": found, "runs": runs, "jitter": result.jitter, "profile": profile_document(result.profile)}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.emulation_fidelity",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--rates", type=_rates, default=(1.2, 1.8, 2.4), help="requests per second (default: 1.2,1.8,2.4)"
+    )
+    parser.add_argument("--requests", type=int, default=35, help="about how many per run (default: 35)")
+    parser.add_argument("--blocks", type=int, default=3, help="different loads of each rate (default: 3)")
+    parser.add_argument("--repetitions", type=int, default=2, help="of each load on each engine (default: 2)")
+    parser.add_argument("--seed", type=int, default=1, help="of the loads (default: 1)")
+    parser.add_argument("--out", type=Path, help="write PATH.md and PATH.json")
+    parser.add_argument("--keep", type=Path, help="folder in which the engines' logs, steps and the profile stay")
+    options = parser.parse_args()
+    options.cores = tuple(sorted(os.sched_getaffinity(0)))
+    if len(options.cores) != 2:
+        parser.error("needs two cores: start it with taskset -c 0,1")
+    return options
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    return tuple(float(rate) for rate in text.split(","))
+
+
+def main() -> None:
+    """Measure, print, and write the result if asked to."""
+    options = parse()
+    with OtherLoad() as other_load, tempfile.TemporaryDirectory() as scratch:
+        folder = options.keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        result = measure(options, folder)
+    os.sched_setaffinity(0, options.cores)
+    found = facts("benchmarks.emulation_fidelity", other_load)
+    text = report(result, options, found)
+    print(text)
+    if options.out is not None:
+        options.out.with_suffix(".md").write_text(text)
+        options.out.with_suffix(".json").write_text(json.dumps(document(result, found)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
