@@ -153,6 +153,13 @@ def test_a_rate_only_rescales_time() -> None:
     assert base.at_rate(8.0).rate == 8.0
 
 
+def test_a_paced_workload_has_exactly_the_rate() -> None:
+    paced = make_workload(FixedLengths(prompt_tokens=5, output_tokens=2), num_requests=50).paced(8.0)
+
+    assert paced.arrival_s[-1] == pytest.approx(50 / 8.0)
+    assert workload(arrival_s=np.zeros(3)).paced(2.0).rate == 2.0
+
+
 @pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_rate_that_makes_no_sense(rate: float) -> None:
     with pytest.raises(ConfigError, match="rate must be a positive number"):

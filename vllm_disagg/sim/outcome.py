@@ -91,14 +91,20 @@ class Outcome:
         within: NDArray[np.bool_] = (self.ttft_s <= slo.ttft_s) & (np.isnan(tpot) | (tpot <= slo.tpot_s))
         return within
 
-    def attainment(self, slo: SLO, *, skip: int = 0) -> float:
+    def attainment(self, slo: SLO, *, skip: float = 0.0) -> float:
         """Share of all requests, refused ones included, that met both targets.
 
         Args:
             slo: the targets.
-            skip: leave out so many of the first, while the system fills.
+            skip: share of the requests to leave out at the beginning, while the system fills, and again at the end,
+                where nobody comes after them.
         """
-        return float(self.met(slo)[skip:].mean())
+        return float(self.met(slo)[self.window(skip)].mean())
+
+    def window(self, skip: float) -> slice:
+        """The requests without `skip` of them at either end; at least one."""
+        cut = min(int(len(self) * skip), (len(self) - 1) // 2)
+        return slice(cut, len(self) - cut)
 
     def phases(self) -> dict[str, Floats]:
         """Seconds in each of `PHASES`. Their sum is the time to the first decoded token: TTFT, unless prefill sends the

@@ -92,6 +92,14 @@ class Workload:
             raise ConfigError(f"the rate must be a positive number, not {rate!r}")
         return replace(self, arrival_s=self.arrival_s * (self.rate / rate), rate=rate)
 
+    def paced(self, rate: float) -> Workload:
+        """As `at_rate`, with the rate realised exactly: the last of n requests comes at n / rate, as in vLLM's
+        benchmark. It takes from a finite run the chance of the whole rate, and leaves that of the pattern."""
+        last_s = float(self.arrival_s[-1])
+        if last_s <= 0:
+            return self.at_rate(rate)
+        return replace(self, arrival_s=self.arrival_s * (len(self) / rate / last_s), rate=rate)
+
     def head(self, num_requests: int) -> Workload:
         """Its first requests."""
         return self._taken(np.arange(min(num_requests, len(self))))

@@ -1,0 +1,100 @@
+"""What there is to plan with: devices, nodes, links, and what engines cost beside their device's time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from vllm_disagg.core.latency import LatencyModel, work_of
+from vllm_disagg.core.link import LINKS, Link
+from vllm_disagg.core.profile import Profile
+from vllm_disagg.errors import ConfigError
+from vllm_disagg.sim.system import FirstToken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """Nodes of equal size.
+
+    Args:
+        num_nodes: how many.
+        devices_per_node: devices in each.
+        intra: link of each device inside its node.
+        inter: link of each node to the others, shared by its devices.
+    """
+
+    num_nodes: int = 1
+    devices_per_node: int = 8
+    intra: Link = field(default=LINKS["nvlink"])
+    inter: Link = field(default=LINKS["25g"])
+
+    def __post_init__(self) -> None:
+        if self.num_nodes < 1 or self.devices_per_node < 1:
+            raise ConfigError(
+                f"a cluster needs at least one node with one device, not {self.num_nodes} x {self.devices_per_node}"
+            )
+
+    @property
+    def num_devices(self) -> int:
+        """All of them."""
+        return self.num_nodes * self.devices_per_node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How the planned engines would be started, and what they cost beside the profile's step times.
+
+    Args:
+        block_size: tokens per KV block.
+        max_num_seqs: running requests.
+        chunk_budgets: token budgets that colocated instances are tried with.
+        l_m_share: prefill packs prompts up to the length at which a device computes this share of the most tokens per
+            second that it can; with 0.88 about 500 tokens for OPT-13B on an A100, where DistServe says 512.
+        step_overhead_s, request_overhead_s, hop_s: see `EngineSpec`.
+        handoff_s, dispatch_s, first_token, hold_cap_s, pull_timeout_s: see `System`.
+    """
+
+    block_size: int = 16
+    max_num_seqs: int = 1024
+    chunk_budgets: tuple[int, ...] = (512, 2048, 8192)
+    l_m_share: float = 0.88
+    step_overhead_s: float = 0.0
+    request_overhead_s: float = 0.0
+    hop_s: float = 0.0
+    handoff_s: float = 0.0
+    dispatch_s: float = 0.0
+    first_token: FirstToken = "decode"  # noqa: S105
+    hold_cap_s: float = 300.0
+    pull_timeout_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.l_m_share < 1:
+            raise ConfigError(f"l_m_share must lie between 0 and 1, not {self.l_m_share!r}")
+        if not self.chunk_budgets or min(self.chunk_budgets) < 1:
+            raise ConfigError(f"colocated instances need token budgets from 1 on, not {self.chunk_budgets!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Devices of one kind, and the model's profile on them.
+
+    Args:
+        profile: of the model on this kind of device.
+        price: of one device, in any unit: candidates are ranked by goodput per price.
+    """
+
+    profile: Profile
+    price: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.price) and self.price > 0):
+            raise ConfigError(f"the price of a device must be a positive number, not {self.price!r}")
+
+
+def critical_length(latency: LatencyModel, share: float, *, longest: int) -> int:
+    """L_m: the shortest prompt with which a device computes `share` of its most tokens per second (DistServe's section
+    3.1: beyond it, batching prompts brings little). Between 16 and `longest`, in steps of 16."""
+    lengths = range(16, max(longest, 16) + 1, 16)
+    rates = [length / max(latency.step_s(work_of([(0, length)])), 1e-12) for length in lengths]
+    wanted = share * max(rates)
+    return next(length for length, rate in zip(lengths, rates, strict=True) if rate >= wanted)

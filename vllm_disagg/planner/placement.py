@@ -1,0 +1,326 @@
+"""Which placement gives the most goodput per device: DistServe's Algorithms 1 and 2, and colocated instances.
+
+Candidates are looked at in the order of what they could give at most (`bounds`). A short run of one seed tells most of
+them apart; only the best are then measured with all requests and seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal
+
+from vllm_disagg.core.slo import SLO
+from vllm_disagg.errors import ConfigError, NoFeasiblePlacement
+from vllm_disagg.planner.bounds import Load, decode_bound, load_of, prefill_bound
+from vllm_disagg.planner.candidates import Candidate, Resources, Shape, colocated, segmented, shapes
+from vllm_disagg.planner.goodput import Goodput, SearchSettings, attainment_at, find_goodput, slo_scale
+from vllm_disagg.planner.limits import Limit, limit_of
+from vllm_disagg.sim.run import simulate
+from vllm_disagg.sim.system import System
+from vllm_disagg.sim.workload import Workload
+
+Mapper = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+"""`map`, or that of a pool of processes."""
+
+Algorithm = Literal["1", "2", "colocated"]
+
+_NEVER: Final = math.inf
+_BATCH: Final = 8
+_BOUND_SLACK: Final = 1.1
+"""Bounds hold for means; a short run may do a little better by chance."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How hard to search.
+
+    Args:
+        quick_requests, quick_spans, quick_tolerance: of the runs that tell candidates apart; see `SearchSettings`.
+        finalists: split placements that are measured with everything, and half as many colocated ones.
+    """
+
+    quick_requests: int = 600
+    quick_spans: float = 4.0
+    quick_tolerance: float = 0.05
+    finalists: int = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is to be placed.
+
+    Args:
+        resources: model, devices and cluster.
+        workloads: one per seed.
+        slo: the targets.
+        rate: requests per second that have to be served; None for the most per device.
+        search: how goodput is searched.
+        effort: how hard.
+    """
+
+    resources: Resources
+    workloads: tuple[Workload, ...]
+    slo: SLO
+    rate: float | None = None
+    search: SearchSettings = field(default_factory=SearchSettings)
+    effort: Effort = field(default_factory=Effort)
+
+    def __post_init__(self) -> None:
+        if not self.workloads:
+            raise ConfigError("a plan needs at least one workload")
+        if self.rate is not None and not (math.isfinite(self.rate) and self.rate > 0):
+            raise ConfigError(f"the rate must be a positive number, not {self.rate!r}")
+
+    @property
+    def quick(self) -> tuple[Workload, SearchSettings]:
+        """What candidates are told apart with."""
+        search = replace(
+            self.search,
+            min_requests=min(self.search.min_requests, self.effort.quick_requests),
+            spans=min(self.search.spans, self.effort.quick_spans),
+            tolerance=max(self.search.tolerance, self.effort.quick_tolerance),
+        )
+        return self.workloads[0], search
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """A candidate and what it can do.
+
+    Args:
+        candidate: the placement.
+        algorithm: which search proposed it.
+        goodput: of the whole candidate, requests per second.
+        price: of its devices.
+        limit: what keeps it from more.
+        limit_share: of the misses that this stands for.
+    """
+
+    candidate: Candidate
+    algorithm: Algorithm
+    goodput: Goodput
+    price: float
+    limit: Limit = "nothing"
+    limit_share: float = 0.0
+
+    @property
+    def per_price(self) -> float:
+        """What candidates are ranked by: with prices of 1, requests per second and device."""
+        return self.goodput.mean / self.price
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """Ties go to fewer devices."""
+        return (-self.per_price, self.candidate.num_devices)
+
+
+def algorithm_1(question: Question, mapper: Mapper = map) -> list[Score]:
+    """High node affinity: KV may cross nodes. Each phase's shapes are searched alone, prefill with TTFT as its only
+    target and decode with TPOT, both with the workload's arrivals. Then numbers of instances n and m are chosen so that
+    both phases keep up, n = ceil(R / goodput) with a rate R. The paper takes the shape with the most goodput per device
+    before it rounds up; here shape and number are chosen together, which is the same in an unlimited cluster. Since
+    90 % of 90 % is less than 90 %, the best combinations are measured jointly, and with a rate, instances are added to
+    the phase that falls short.
+
+    Returns:
+        The best placements, best first, quickly measured; none where no shape of a phase meets its target.
+    """
+    resources, slo = question.resources, question.slo
+    targets = SLO(ttft_s=slo.ttft_s, tpot_s=_NEVER), SLO(ttft_s=_NEVER, tpot_s=slo.tpot_s)
+    apart: list[dict[Shape, float]] = []
+    for phase, target, pool in (("prefill", targets[0], resources.prefill), ("decode", targets[1], resources.decode)):
+        tasks = [
+            (question, phase, shape, target)
+            for shape in shapes(pool.profile, resources.cluster, resources.longest_tokens)
+        ]
+        found = {task[2]: goodput for task, goodput in zip(tasks, mapper(_phase_goodput, tasks), strict=True)}
+        apart.append({shape: goodput for shape, goodput in found.items() if goodput > 0})
+    candidates = _combined(question, apart[0], apart[1])
+    scores = [score for candidate in candidates for score in _grown(question, candidate, mapper)]
+    return sorted(scores, key=lambda score: score.rank)
+
+
+def algorithm_2(question: Question, mapper: Mapper = map) -> list[Score]:
+    """Low node affinity: KV stays inside nodes. Every pair of shapes that shares nodes is simulated jointly, here with
+    any ratio of instances that fits them.
+
+    Returns:
+        The best placements, best first, quickly measured.
+    """
+    return _search(question, list(segmented(question.resources)), "2", question.effort.finalists, mapper)
+
+
+def best_colocated(question: Question, mapper: Mapper = map) -> list[Score]:
+    """Plain instances with chunked prefill, each shape with each token budget.
+
+    Returns:
+        The best, best first, quickly measured.
+    """
+    return _search(question, list(colocated(question.resources)), "colocated", question.effort.finalists, mapper)
+
+
+def measure(question: Question, scores: Sequence[Score], mapper: Mapper = map) -> list[Score]:
+    """Measure candidates with all requests and seeds, and tell what limits each. Best first."""
+    return sorted(mapper(_measure, [(question, score) for score in scores]), key=lambda score: score.rank)
+
+
+def nearest_slo(question: Question, candidates: Iterable[Candidate]) -> tuple[SLO, Candidate] | None:
+    """The tightest targets, in the proportion of those asked for, that some candidate meets for requests that come one
+    at a time; None where not even that can be."""
+    found: list[tuple[float, Candidate]] = []
+    for candidate in candidates:
+        workload, search = question.quick
+        spread = workload.head(200).at_rate(1e-3)
+        scale = slo_scale(simulate(question.resources.system(candidate), spread), question.slo, search)
+        found.append((scale, candidate))
+    if not found or not math.isfinite(min(found, key=lambda pair: pair[0])[0]):
+        return None
+    scale, candidate = min(found, key=lambda pair: pair[0])
+    return question.slo.scaled(scale), candidate
+
+
+def require_shapes(question: Question) -> None:
+    """Fail early where the model fits nowhere.
+
+    Raises:
+        NoFeasiblePlacement: no shape fits; the text says what would be needed.
+    """
+    resources = question.resources
+    for name, pool in (("prefill", resources.prefill), ("decode", resources.decode)):
+        if not shapes(pool.profile, resources.cluster, resources.longest_tokens):
+            model, cluster = pool.profile.model, resources.cluster
+            raise NoFeasiblePlacement(
+                f"{model.name} ({model.weight_bytes / 1e9:.0f} GB of weights, {model.num_layers} layers, "
+                f"{model.num_heads} heads) with KV for a request of {resources.longest_tokens} tokens fits no {name} "
+                f"instance on {cluster.num_nodes} x {cluster.devices_per_node} {pool.profile.device}: give more "
+                f"devices, or a profile with a higher tensor-parallel degree than {max(pool.profile.entries)}"
+            )
+
+
+# Workers: plain functions of one value, so that a pool of processes can run them.
+
+
+def _phase_goodput(task: tuple[Question, str, Shape, SLO]) -> float:
+    question, phase, shape, slo = task
+    workload, search = question.quick
+    if phase == "prefill":
+        system = System(decode=(question.resources.prefill_engine(shape),), phase="prefill")
+    else:
+        system = System(decode=(question.resources.decode_engine(shape),), phase="decode")
+    return find_goodput(system, [workload], slo, search).mean
+
+
+def _quick_goodput(task: tuple[Question, Candidate, float, float]) -> Goodput | None:
+    """None where it does not reach the rate to beat."""
+    question, candidate, to_beat, guess = task
+    workload, search = question.quick
+    system = question.resources.system(candidate)
+    if to_beat > 0 and attainment_at(system, workload, to_beat, question.slo, search) < search.goal:
+        return None
+    return find_goodput(system, [workload], question.slo, search, guess=guess or None)
+
+
+def _measure(task: tuple[Question, Score]) -> Score:
+    question, score = task
+    system = question.resources.system(score.candidate)
+    goodput = find_goodput(system, question.workloads, question.slo, question.search, guess=score.goodput.mean or None)
+    beyond = question.search.run_of(question.workloads[0], max(goodput.mean * 1.1, 1e-3), question.slo)
+    outcome = simulate(system, beyond, backend=question.search.backend)
+    limit, share = limit_of(outcome, question.slo, skip=question.search.skip)
+    return replace(score, goodput=goodput, limit=limit, limit_share=share)
+
+
+# Searching.
+
+
+def _search(
+    question: Question, candidates: list[Candidate], algorithm: Algorithm, keep: int, mapper: Mapper
+) -> list[Score]:
+    """The best candidates. Those whose bound lies below what the best already reach are left out."""
+    load = load_of(question.workloads)
+    price = question.resources.price
+    bounds = {candidate: _bound(question, candidate, load) for candidate in candidates}
+    order = sorted(candidates, key=lambda c: (-bounds[c] / price(c), c.num_devices))
+    best: list[Score] = []
+    for begin in range(0, len(order), _BATCH):
+        to_beat = best[-1].per_price if len(best) == keep else 0.0
+        batch = [c for c in order[begin : begin + _BATCH] if bounds[c] * _BOUND_SLACK > to_beat * price(c)]
+        if not batch and bounds[order[begin]] < math.inf:
+            break
+        tasks = [(question, c, to_beat * price(c), min(bounds[c] / 2, 1e3)) for c in batch]
+        for candidate, goodput in zip(batch, mapper(_quick_goodput, tasks), strict=True):
+            if goodput is not None and goodput.mean > 0:
+                best.append(Score(candidate=candidate, algorithm=algorithm, goodput=goodput, price=price(candidate)))
+        best = sorted(best, key=lambda score: score.rank)[:keep]
+    return best
+
+
+def _bound(question: Question, candidate: Candidate, load: Load) -> float:
+    """Requests per second that it can serve at most."""
+    resources = question.resources
+    if candidate.prefill is None:
+        engine = resources.colocated_engine(candidate.decode, candidate.budget)
+        return candidate.num_decode * min(prefill_bound(engine, load), decode_bound(engine, load, question.slo))
+    return min(
+        candidate.num_prefill * prefill_bound(resources.prefill_engine(candidate.prefill), load),
+        candidate.num_decode * decode_bound(resources.decode_engine(candidate.decode), load, question.slo),
+    )
+
+
+def _combined(question: Question, prefill: dict[Shape, float], decode: dict[Shape, float]) -> list[Candidate]:
+    """The combinations that promise the most: with a rate the cheapest that keep up with it, without one the most
+    goodput per price of what fits the cluster."""
+    resources = question.resources
+    segments = 0 if resources.cluster.num_nodes > 1 else 1
+    promises: list[tuple[float, int, Candidate]] = []
+    for ours, of_prefill in prefill.items():
+        for theirs, of_decode in decode.items():
+            for n, m in _numbers(question, ours, of_prefill, theirs, of_decode):
+                candidate = Candidate(
+                    kind="split", prefill=ours, num_prefill=n, decode=theirs, num_decode=m, segments=segments
+                )
+                rate = min(n * of_prefill, m * of_decode, question.rate or math.inf)
+                promises.append((-rate / resources.price(candidate), candidate.num_devices, candidate))
+    promises.sort(key=lambda promise: promise[:2])
+    return [candidate for _, _, candidate in promises[: question.effort.finalists]]
+
+
+def _numbers(
+    question: Question, prefill: Shape, prefill_rate: float, decode: Shape, decode_rate: float
+) -> Iterable[tuple[int, int]]:
+    """Pairs of n and m to consider: what the rate needs, or, for each n, as many m as keep up with it."""
+    limit = question.resources.cluster.num_devices
+    if question.rate is not None:
+        pairs = [(math.ceil(question.rate / prefill_rate), math.ceil(question.rate / decode_rate))]
+    else:
+        pairs = [
+            (n, m)
+            for n in range(1, limit // prefill.num_devices + 1)
+            for m in {max(1, math.floor(n * prefill_rate / decode_rate)), math.ceil(n * prefill_rate / decode_rate)}
+        ]
+    return [(n, m) for n, m in pairs if n * prefill.num_devices + m * decode.num_devices <= limit]
+
+
+def _grown(question: Question, candidate: Candidate, mapper: Mapper) -> list[Score]:
+    """Check Algorithm 1's answer jointly. With a rate, add instances until it is reached or the cluster is full."""
+    resources, search, workload = question.resources, question.search, question.workloads[0]
+    while question.rate is not None:
+        outcome = simulate(
+            resources.system(candidate), search.run_of(workload, question.rate, question.slo), backend=search.backend
+        )
+        if outcome.attainment(question.slo, skip=search.skip) >= search.goal:
+            break
+        limit, _ = limit_of(outcome, question.slo, skip=search.skip)
+        more = (1, 0) if limit.startswith("prefill") else (0, 1)
+        larger = replace(
+            candidate, num_prefill=candidate.num_prefill + more[0], num_decode=candidate.num_decode + more[1]
+        )
+        if larger.num_devices > resources.cluster.num_devices:
+            break
+        candidate = larger
+    (goodput,) = mapper(_quick_goodput, [(question, candidate, 0.0, question.rate or 0.0)])
+    if goodput.mean == 0:
+        return []
+    return [Score(candidate=candidate, algorithm="1", goodput=goodput, price=resources.price(candidate))]
