@@ -12,8 +12,8 @@ meanwhile does so for both. The emulated runs come last: they wait, and do not c
 
 A virtual machine's pace changes within a minute by more than the emulation is wrong. So the emulated engine runs twice:
 with the profile alone, and with the profile at the pace that the real device had at each moment of each run: what its
-steps took, over what the profile says for them, in windows of a few seconds. The second one shows what the emulation
-itself adds: scheduling, queueing and the host's own time. Pace travels as a `slow` fault.
+steps took, over what the profile says for them, second by second. The second one shows what the emulation itself adds:
+scheduling, queueing and the host's own time. Pace travels as a `slow` fault.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import argparse
 import asyncio
 import json
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -45,7 +46,8 @@ from vllm_disagg.emulation.settings import FAULTS_ENV
 from vllm_disagg.launcher.machine import free_ports
 from vllm_disagg.profiler.steps import STEPS_ENV, RecordedStep, cycles_s, read_steps
 
-REAL, EMULATED, PACED = "real", "emulated", "emulated, paced"
+REAL, EMULATED, PACED = "real", "emulated", "paced"
+BACKEND = "--distributed-executor-backend"
 BLOCK_SIZE, NUM_BLOCKS, KV_BYTES = 32, 400, 700_000_000
 SHAPE = LoadShape(prompt_tokens=(16, 160), output_tokens=(8, 24))
 """Of the compared loads."""
@@ -57,7 +59,7 @@ BURSTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 1, 2, 3, 4, 5, 6, 8, 
 BURST_SHARES = 9
 """A profiling load is this part of them."""
 
-WINDOW_S = 3.0
+WINDOW_S = 1.0
 """Over which the real device's pace is measured."""
 
 BURST_SPACING_S = 0.15
@@ -276,37 +278,49 @@ def progress_line(run: Run) -> str:
     return f"{what}: {len(run.times)} requests, errors {errors}, {figures}"
 
 
-def measure(options: argparse.Namespace, folder: Path) -> Result:
-    """Profile and compare."""
-    real: list[Run] = []
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What the real engine did."""
+
+    runs: Sequence[Run]
+    profiling: Sequence[RecordedStep]
+
+
+def measure_real(options: argparse.Namespace, folder: Path) -> Measured:
+    """Profiling and compared loads in turn."""
+    runs: list[Run] = []
     profiling: list[RecordedStep] = []
-    loads = compared_loads(options)
-    os.sched_setaffinity(0, {options.cores[-1]})
-    backend = "--distributed-executor-backend"
-    with engine(REAL, (backend, "vllm_disagg.profiler.recorder.RecordingExecutor"), folder, options.cores) as server:
+    flags = (BACKEND, "vllm_disagg.profiler.recorder.RecordingExecutor")
+    with engine(REAL, flags, folder, options.cores) as server:
         log = Log(server)
-        for index, load in enumerate(loads):
+        for index, load in enumerate(compared_loads(options)):
             log.new()
             asyncio.run(profiling_load(server, BURSTS[index % BURST_SHARES :: BURST_SHARES], (options.seed, 7, index)))
             profiling += log.new()
-            real.append(asyncio.run(compare(server, log, load, options.cores, engine=REAL)))
-    latency = fit(profiling)
-    profile, noise = profile_of(latency, profiling), jitter(latency, profiling)
+            runs.append(asyncio.run(compare(server, log, load, options.cores, engine=REAL)))
+    return Measured(runs=runs, profiling=profiling)
+
+
+def emulate(measured: Measured, options: argparse.Namespace, folder: Path) -> Result:
+    """Fit, and repeat the compared loads on emulated engines."""
+    latency = fit(measured.profiling)
+    profile, noise = profile_of(latency, measured.profiling), jitter(latency, measured.profiling)
     path = folder / "profile.json"
     path.write_text(json.dumps(profile_document(profile), indent=1))
-    flags = (
-        "--emulate", str(path), "--emulate-jitter", f"{noise:.4f}",
-        backend, "vllm_disagg.profiler.emulated.RecordingEmulatedExecutor",
-    )  # fmt: skip
-    emulated: list[Run] = []
-    with engine(EMULATED, flags, folder, options.cores) as server:
+    flags = ("--emulate", str(path), BACKEND, "vllm_disagg.profiler.emulated.RecordingEmulatedExecutor")
+    loads = compared_loads(options)
+    runs = list(measured.runs)
+    with engine(PACED, flags, folder, options.cores) as server:
         log = Log(server)
-        for run, load in zip(real, loads, strict=True):
+        for run, load in zip(measured.runs, loads, strict=True):
             pace = pace_of(run, latency)
+            runs.append(asyncio.run(compare(server, log, load, options.cores, engine=PACED, pace=pace)))
+    with engine(EMULATED, (*flags, "--emulate-jitter", f"{noise:.4f}"), folder, options.cores) as server:
+        log = Log(server)
+        for load in loads:
             if load.number == 0:
-                emulated.append(asyncio.run(compare(server, log, load, options.cores, engine=EMULATED)))
-            emulated.append(asyncio.run(compare(server, log, load, options.cores, engine=PACED, pace=pace)))
-    return Result(runs=[*real, *emulated], profiling=profiling, latency=latency, jitter=noise, profile=profile)
+                runs.append(asyncio.run(compare(server, log, load, options.cores, engine=EMULATED)))
+    return Result(runs=runs, profiling=measured.profiling, latency=latency, jitter=noise, profile=profile)
 
 
 def profile_of(latency: LatencyModel, steps: Sequence[RecordedStep]) -> Profile:
@@ -458,7 +472,7 @@ def report(result: Result, options: argparse.Namespace, found: dict[str, str]) -
         f"jitter {result.jitter:.3f}, as the spread from each of them to the next\n\n"
         'A figure is over the requests of all runs; in brackets that of each repetition. "Real against itself" is by\n'
         "how much its highest repetition is above its lowest: the same requests, the same arrivals, the same engine.\n"
-        f"Paced: with the pace that the real device had, in windows of {WINDOW_S:g} s.\n\n"
+        f"Paced: at the pace that the real device had in each of its runs, in windows of {WINDOW_S:g} s; no jitter.\n\n"
         f"{table(HEAD, [row for rate in options.rates for row in rows(result.runs, rate)])}\n\n"
         'Each run, in the order they were made. "Step time / profile": seconds of all steps, over what the profile\n'
         "says for the same steps.\n\n"
@@ -489,15 +503,14 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--rates", type=_rates, default=(1.2, 1.8, 2.4), help="requests per second (default: 1.2,1.8,2.4)"
-    )
+    parser.add_argument("--rates", type=_rates, default=(1.2, 1.8, 2.4), help="requests per second: 1.2,1.8,2.4")
     parser.add_argument("--requests", type=int, default=35, help="about how many per run (default: 35)")
     parser.add_argument("--blocks", type=int, default=3, help="different loads of each rate (default: 3)")
     parser.add_argument("--repetitions", type=int, default=2, help="of each load on each engine (default: 2)")
     parser.add_argument("--seed", type=int, default=1, help="of the loads (default: 1)")
     parser.add_argument("--out", type=Path, help="write PATH.md and PATH.json")
     parser.add_argument("--keep", type=Path, help="folder in which the engines' logs, steps and the profile stay")
+    parser.add_argument("--real", type=Path, help="do not measure the real engine, but take a kept real.pickle")
     options = parser.parse_args()
     options.cores = tuple(sorted(os.sched_getaffinity(0)))
     if len(options.cores) != 2:
@@ -515,7 +528,13 @@ def main() -> None:
     with OtherLoad() as other_load, tempfile.TemporaryDirectory() as scratch:
         folder = options.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        result = measure(options, folder)
+        os.sched_setaffinity(0, {options.cores[-1]})
+        if options.real:
+            measured: Measured = pickle.loads(options.real.read_bytes())
+        else:
+            measured = measure_real(options, folder)
+            (folder / "real.pickle").write_bytes(pickle.dumps(measured))
+        result = emulate(measured, options, folder)
     os.sched_setaffinity(0, options.cores)
     found = facts("benchmarks.emulation_fidelity", other_load)
     text = report(result, options, found)
