@@ -289,6 +289,19 @@ def test_a_late_block_comes_in_the_end(nodes: Nodes, tmp_path: Path) -> None:
     assert reader.transport.num_active == 0
 
 
+def test_nothing_late_comes_after_the_memory_was_given_back(nodes: Nodes, tmp_path: Path) -> None:
+    path = faults(tmp_path, {"kind": "late_block", "every": 2, "seconds": 3.0})
+    _, _, (reader, _) = run_reads(nodes, path)
+    reader.transport.close()
+    before = reader.memory.data.copy()
+
+    nodes.clock.now_s += 3.0
+
+    assert reader.transport.num_active == 0
+    assert reader.transport.poll() == []
+    assert (reader.memory.data == before).all()
+
+
 def test_the_corrupt_byte_is_of_the_read_that_ended(nodes: Nodes, tmp_path: Path) -> None:
     path = faults(tmp_path, {"kind": "corrupt_read", "every": 1})
     reader, owner = nodes.node(faults=path, link=None), nodes.node()

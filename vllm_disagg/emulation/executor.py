@@ -154,6 +154,8 @@ class EmulatedExecutor(Executor):
             hooks.before_forward(scheduler_output)
         launched = _Step(scheduler_output, self._requests.update(scheduler_output))
         if not scheduler_output.total_num_scheduled_tokens:
+            for hooks in self._hooks:
+                hooks.forward_done()
             launched.kv_outputs = [hooks.after(scheduler_output) for hooks in self._hooks]
             output = self._aggregated(EMPTY_MODEL_RUNNER_OUTPUT, launched)
             return _done(output) if non_block else output

@@ -45,7 +45,7 @@ class ConnectorHooks:
         self._connector.handle_preemptions(step.kv_connector_metadata)
         self._connector.bind_connector_metadata(step.kv_connector_metadata)
         has_forward = self.order == "v2" and step.total_num_scheduled_tokens > 0
-        self._to_load = {"scheduler_output": step} if has_forward else {}
+        self._to_load = _load_arguments(step) if has_forward else {}
         if step.has_sync_kv_loads:
             self._start_load()
 
@@ -56,7 +56,7 @@ class ConnectorHooks:
             self._connector.save_kv_layer(name, cache, None)
 
     def forward_done(self) -> None:
-        """After the last layer, in a step with tokens."""
+        """After the last layer, also where there was none."""
         if self.order == "v2":
             self._connector.finish_forward()
 
@@ -87,3 +87,15 @@ class ConnectorHooks:
         arguments, self._to_load = self._to_load or {}, None
         with set_forward_context(None, self._config):
             self._connector.start_load_kv(get_forward_context(), **arguments)
+
+
+def _load_arguments(step: SchedulerOutput) -> dict[str, Any]:
+    """What the newer runner tells of its batch."""
+    import torch
+
+    return {
+        "scheduler_output": step,
+        "request_state_indices": torch.arange(len(step.num_scheduled_tokens)),
+        "request_ids": list(step.num_scheduled_tokens),
+        "num_tokens": step.total_num_scheduled_tokens,
+    }
