@@ -65,6 +65,10 @@ WINDOW_S = 1.0
 BURST_SPACING_S = 0.15
 """Mean time between the requests of a burst: some come while others are computed, so that there are mixed steps."""
 
+FREEZE_S, FROZEN = 5.0, 2.0
+"""A real run in which the device was so many times slower than the profile for so long met a frozen machine: it is left
+out, and its repetitions with it."""
+
 REST_S = 2.0
 
 
@@ -90,6 +94,8 @@ class Result:
     """All that was measured, and the profile that came of it."""
 
     runs: Sequence[Run]
+    left_out: int
+    """Runs of the real engine that met a frozen machine, and their repetitions."""
     profiling: Sequence[RecordedStep]
     latency: LatencyModel
     jitter: float
@@ -176,6 +182,9 @@ class Load:
     number: int
     requests: Sequence[Request]
 
+    def of(self, run: Run) -> bool:
+        return (self.rate_per_s, self.block, self.number) == (run.rate_per_s, run.block, run.number)
+
 
 def compared_loads(options: argparse.Namespace) -> list[Load]:
     """All of them, in their order. Those of one rate and block are the same in every repetition."""
@@ -219,12 +228,12 @@ async def compare(
     return run
 
 
-def pace_of(run: Run, latency: LatencyModel) -> list[float]:
+def pace_of(run: Run, latency: LatencyModel, *, window_s: float = WINDOW_S) -> list[float]:
     """How much slower than the profile the device was, window after window. Windows without steps are as the last."""
     measured: dict[int, float] = {}
     modelled: dict[int, float] = {}
     for step in run.steps:
-        window = int((step.at_s - run.start_s) / WINDOW_S)
+        window = int((step.at_s - run.start_s) / window_s)
         measured[window] = measured.get(window, 0.0) + step.step_s
         modelled[window] = modelled.get(window, 0.0) + latency.step_s(work_of(step.requests))
     pace: list[float] = []
@@ -301,6 +310,15 @@ def measure_real(options: argparse.Namespace, folder: Path) -> Measured:
     return Measured(runs=runs, profiling=profiling)
 
 
+def undisturbed(measured: Measured) -> list[Run]:
+    """The compared runs without the loads of which a repetition met a frozen machine."""
+    latency = fit(measured.profiling)
+    frozen = {
+        (run.rate_per_s, run.block) for run in measured.runs if max(pace_of(run, latency, window_s=FREEZE_S)) > FROZEN
+    }
+    return [run for run in measured.runs if (run.rate_per_s, run.block) not in frozen]
+
+
 def emulate(measured: Measured, options: argparse.Namespace, folder: Path) -> Result:
     """Fit, and repeat the compared loads on emulated engines."""
     latency = fit(measured.profiling)
@@ -308,19 +326,22 @@ def emulate(measured: Measured, options: argparse.Namespace, folder: Path) -> Re
     path = folder / "profile.json"
     path.write_text(json.dumps(profile_document(profile), indent=1))
     flags = ("--emulate", str(path), BACKEND, "vllm_disagg.profiler.emulated.RecordingEmulatedExecutor")
-    loads = compared_loads(options)
-    runs = list(measured.runs)
+    runs = undisturbed(measured)
+    pairs = [(run, load) for run in runs for load in compared_loads(options) if load.of(run)]
     with engine(PACED, flags, folder, options.cores) as server:
         log = Log(server)
-        for run, load in zip(measured.runs, loads, strict=True):
+        for run, load in pairs:
             pace = pace_of(run, latency)
             runs.append(asyncio.run(compare(server, log, load, options.cores, engine=PACED, pace=pace)))
     with engine(EMULATED, (*flags, "--emulate-jitter", f"{noise:.4f}"), folder, options.cores) as server:
         log = Log(server)
-        for load in loads:
+        for _, load in pairs:
             if load.number == 0:
                 runs.append(asyncio.run(compare(server, log, load, options.cores, engine=EMULATED)))
-    return Result(runs=runs, profiling=measured.profiling, latency=latency, jitter=noise, profile=profile)
+    left_out = len(measured.runs) - len(undisturbed(measured))
+    return Result(
+        runs=runs, left_out=left_out, profiling=measured.profiling, latency=latency, jitter=noise, profile=profile
+    )
 
 
 def profile_of(latency: LatencyModel, steps: Sequence[RecordedStep]) -> Profile:
@@ -469,7 +490,9 @@ def report(result: Result, options: argparse.Namespace, found: dict[str, str]) -
         f"{SHAPE.output_tokens[1]} output tokens, seed {options.seed}; the same requests in every repetition and "
         "on every engine\n"
         f"- profile: {len(result.profiling)} steps of the real engine under other loads, between the compared ones; "
-        f"jitter {result.jitter:.3f}, as the spread from each of them to the next\n\n"
+        f"jitter {result.jitter:.3f}, as the spread from each of them to the next\n"
+        f"- left out: {result.left_out} runs of the real engine, of loads of which a repetition was more than "
+        f"{FROZEN:g} times slower than the profile for {FREEZE_S:g} s\n\n"
         'A figure is over the requests of all runs; in brackets that of each repetition. "Real against itself" is by\n'
         "how much its highest repetition is above its lowest: the same requests, the same arrivals, the same engine.\n"
         f"Paced: at the pace that the real device had in each of its runs, in windows of {WINDOW_S:g} s; no jitter.\n\n"
