@@ -66,8 +66,8 @@ BURST_SPACING_S = 0.15
 """Mean time between the requests of a burst: some come while others are computed, so that there are mixed steps."""
 
 FREEZE_S, FROZEN = 5.0, 2.0
-"""A real run in which the device was so many times slower than the profile for so long met a frozen machine: it is left
-out, and its repetitions with it."""
+"""A real run in which the device was so many times slower than the profile for so long met a frozen machine, and is
+left out."""
 
 REST_S = 2.0
 
@@ -95,7 +95,7 @@ class Result:
 
     runs: Sequence[Run]
     left_out: int
-    """Runs of the real engine that met a frozen machine, and their repetitions."""
+    """Runs of the real engine that met a frozen machine."""
     profiling: Sequence[RecordedStep]
     latency: LatencyModel
     jitter: float
@@ -311,12 +311,9 @@ def measure_real(options: argparse.Namespace, folder: Path) -> Measured:
 
 
 def undisturbed(measured: Measured) -> list[Run]:
-    """The compared runs without the loads of which a repetition met a frozen machine."""
+    """The compared runs that did not meet a frozen machine."""
     latency = fit(measured.profiling)
-    frozen = {
-        (run.rate_per_s, run.block) for run in measured.runs if max(pace_of(run, latency, window_s=FREEZE_S)) > FROZEN
-    }
-    return [run for run in measured.runs if (run.rate_per_s, run.block) not in frozen]
+    return [run for run in measured.runs if max(pace_of(run, latency, window_s=FREEZE_S)) <= FROZEN]
 
 
 def emulate(measured: Measured, options: argparse.Namespace, folder: Path) -> Result:
@@ -335,9 +332,8 @@ def emulate(measured: Measured, options: argparse.Namespace, folder: Path) -> Re
             runs.append(asyncio.run(compare(server, log, load, options.cores, engine=PACED, pace=pace)))
     with engine(EMULATED, (*flags, "--emulate-jitter", f"{noise:.4f}"), folder, options.cores) as server:
         log = Log(server)
-        for _, load in pairs:
-            if load.number == 0:
-                runs.append(asyncio.run(compare(server, log, load, options.cores, engine=EMULATED)))
+        for load in {(load.rate_per_s, load.block): load for _, load in pairs}.values():
+            runs.append(asyncio.run(compare(server, log, load, options.cores, engine=EMULATED)))
     left_out = len(measured.runs) - len(undisturbed(measured))
     return Result(
         runs=runs, left_out=left_out, profiling=measured.profiling, latency=latency, jitter=noise, profile=profile
@@ -398,15 +394,22 @@ TARGETS = {"p50": 0.05, "p90": 0.10}
 """What the emulation is meant to reach."""
 
 
-def of_engine(runs: Sequence[Run], engine: str, rate: float) -> list[Run]:
-    """The runs of one rate on one engine, in their order."""
-    return [run for run in runs if (run.engine, run.rate_per_s) == (engine, rate)]
+def of_engine(runs: Sequence[Run], engine: str, rate: float | None = None) -> list[Run]:
+    """The runs on one engine, of one rate or of all, in their order."""
+    return [run for run in runs if run.engine == engine and rate in (None, run.rate_per_s)]
+
+
+def likewise(emulated: Sequence[Run], real: Sequence[Run]) -> list[Run]:
+    """The run of the same load for each real one, so that every load weighs the same on both sides."""
+    of_block = {run.block: run for run in emulated}
+    return [of_block[run.block] for run in real]
 
 
 def rows(runs: Sequence[Run], rate: float) -> list[tuple[str, ...]]:
     """A row for each figure: the three engines, their differences, and what the real one differs from itself by."""
     found = []
     real, emulated, paced = (of_engine(runs, engine, rate) for engine in (REAL, EMULATED, PACED))
+    emulated = likewise(emulated, real)
     for name, figure in FIGURES.items():
         target = TARGETS[name.split()[-1]]
         found.append(
@@ -441,9 +444,10 @@ def with_each(runs: Sequence[Run], figure: Figure) -> str:
 
 
 def spread(runs: Sequence[Run], figure: Figure) -> str:
-    """By how much the highest repetition is above the lowest one."""
-    values = [figure(each) for each in repetitions(runs)]
-    return f"{max(values) / min(values) - 1:.1%}"
+    """By how much the highest repetition is above the lowest one, over the loads that all repetitions have."""
+    shared = set.intersection(*({run.block for run in each} for each in repetitions(runs)))
+    values = [figure(both) for both in repetitions([run for run in runs if run.block in shared])]
+    return f"{max(values) / min(values) - 1:.1%}" if len(values) > 1 else "-"
 
 
 def run_rows(runs: Sequence[Run], latency: LatencyModel) -> list[tuple[str, ...]]:
@@ -491,8 +495,8 @@ def report(result: Result, options: argparse.Namespace, found: dict[str, str]) -
         "on every engine\n"
         f"- profile: {len(result.profiling)} steps of the real engine under other loads, between the compared ones; "
         f"jitter {result.jitter:.3f}, as the spread from each of them to the next\n"
-        f"- left out: {result.left_out} runs of the real engine, of loads of which a repetition was more than "
-        f"{FROZEN:g} times slower than the profile for {FREEZE_S:g} s\n\n"
+        f"- left out: {result.left_out} of {result.left_out + len(of_engine(result.runs, REAL))} runs of the real "
+        f"engine, which for {FREEZE_S:g} s were more than {FROZEN:g} times slower than the profile\n\n"
         'A figure is over the requests of all runs; in brackets that of each repetition. "Real against itself" is by\n'
         "how much its highest repetition is above its lowest: the same requests, the same arrivals, the same engine.\n"
         f"Paced: at the pace that the real device had in each of its runs, in windows of {WINDOW_S:g} s; no jitter.\n\n"
