@@ -7,7 +7,7 @@ import math
 import statistics
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_disagg.emulation.clock import DeviceClock, wait_until
@@ -42,6 +42,7 @@ def test_dilation_stretches_steps_and_overheads() -> None:
     assert DeviceClock(dilation=0.0, overhead_s=0.5).launch(1.5, 3.0) == 3.0
 
 
+@settings(deadline=None)
 @given(steps=steps_of, num_stages=st.integers(1, 4), jitter=st.floats(0, 1))
 def test_steps_end_in_the_order_of_their_launch_and_never_before(
     steps: list[tuple[float, float]], num_stages: int, jitter: float
@@ -56,6 +57,7 @@ def test_steps_end_in_the_order_of_their_launch_and_never_before(
     assert all(first <= second for first, second in itertools.pairwise(ends))
 
 
+@settings(deadline=None)
 @given(steps=steps_of, num_stages=st.integers(1, 4), dilation=st.floats(0.1, 20))
 def test_a_dilated_run_is_the_same_run_slower(
     steps: list[tuple[float, float]], num_stages: int, dilation: float

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_disagg.emulation.sampler import NUM_CANDIDATES, Choice, Vocabulary, Wishes, candidates, choose, logprobs_of
@@ -34,6 +34,7 @@ def likely(digest: int) -> dict[int, float]:
     return candidates(digest, VOCABULARY)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**64 - 1))
 def test_candidates_are_words_with_falling_logits(digest: int) -> None:
     found = candidates(digest, VOCABULARY)

@@ -65,6 +65,7 @@ def digest(tokens: list[int], blocks: list[int], tp: int = 1, pp: int = 1) -> in
     return read(engine, len(tokens), blocks)
 
 
+@settings(deadline=None)
 @given(tokens=tokens_of, data=st.data())
 def test_digests_of_chunks_equal_those_of_the_whole(tokens: list[int], data: st.DataObject) -> None:
     whole = Prefix(SEED).digests(tokens, 0, len(tokens)).tolist()
@@ -75,6 +76,7 @@ def test_digests_of_chunks_equal_those_of_the_whole(tokens: list[int], data: st.
         assert prefix.digests(tokens, begin, end).tolist() == whole[begin:end]
 
 
+@settings(deadline=None)
 @given(tokens=tokens_of, data=st.data())
 def test_digests_follow_any_way_back_and_forth(tokens: list[int], data: st.DataObject) -> None:
     whole = Prefix(SEED).digests(tokens, 0, len(tokens)).tolist()
@@ -86,6 +88,7 @@ def test_digests_follow_any_way_back_and_forth(tokens: list[int], data: st.DataO
         assert prefix.digests(tokens, begin, end).tolist() == whole[begin:end]
 
 
+@settings(deadline=None)
 @given(tokens=tokens_of, data=st.data())
 def test_a_digest_holds_all_tokens_up_to_its_own_and_none_after(tokens: list[int], data: st.DataObject) -> None:
     position = data.draw(st.integers(0, len(tokens) - 1))
@@ -133,6 +136,7 @@ def test_one_changed_bit_changes_the_digest_and_one_beyond_the_tokens_does_not(l
         right = read(engine, length, blocks)
 
 
+@settings(deadline=None)
 @given(
     first=st.lists(st.integers(0, 99), min_size=1, max_size=16),
     second=st.lists(st.integers(100, 199), min_size=1, max_size=16),
@@ -174,6 +178,7 @@ def test_a_block_that_never_came_reads_as_something_else() -> None:
     assert read(engine, 16, [0, 1, 2, 3]) != right
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=20))
 def test_one_integer_is_mixed_as_an_array_is(values: list[int]) -> None:
     with np.errstate(over="ignore"):
