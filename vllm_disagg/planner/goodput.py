@@ -25,6 +25,11 @@ _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 _MAX_DOUBLINGS = 60
 
+_FEW = 100
+
+_FAR = 0.1
+"""Attainment below the goal by so much is no chance of a short run."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSettings:
@@ -139,10 +144,15 @@ def find_goodput(
 def attainment_at(
     system: System, workload: Workload, rate: float, slo: SLO, settings: SearchSettings | None = None
 ) -> float:
-    """Attainment at one rate."""
+    """Attainment at one rate. Where the first `min_requests` fall far short already, the run ends with them: an
+    overloaded system only gets worse."""
     settings = settings or SearchSettings()
-    outcome = simulate(system, settings.run_of(workload, rate, slo), backend=settings.backend)
-    return outcome.attainment(slo, skip=settings.skip)
+    run = settings.run_of(workload, rate, slo)
+    if len(run) > settings.min_requests:
+        first = simulate(system, workload.head(settings.min_requests).paced(rate), backend=settings.backend)
+        if (short := first.attainment(slo, skip=settings.skip)) < settings.goal - _FAR:
+            return short
+    return simulate(system, run, backend=settings.backend).attainment(slo, skip=settings.skip)
 
 
 def slo_scale(outcome: Outcome, slo: SLO, settings: SearchSettings | None = None) -> float:
@@ -179,7 +189,7 @@ def _of_one(system: System, workload: Workload, slo: SLO, settings: SearchSettin
                 raise ConfigError("no rate is too high: the profile's step times are all 0")
     else:
         floor = _one_at_a_time(workload, slo)
-        if start <= floor or not enough(floor):
+        if start <= floor or _hopeless(system, workload, floor, slo, settings) or not enough(floor):
             return 0.0, len(seen)
         while (low := max(low / 2, floor)) > floor and not enough(low):
             high = low
@@ -187,6 +197,12 @@ def _of_one(system: System, workload: Workload, slo: SLO, settings: SearchSettin
         middle = math.sqrt(low * high)
         low, high = (middle, high) if enough(middle) else (low, middle)
     return _crossing(low, seen[low], high, seen[high], settings.goal), len(seen)
+
+
+def _hopeless(system: System, workload: Workload, rate: float, slo: SLO, settings: SearchSettings) -> bool:
+    """Whether a few requests that do not see each other show that the targets cannot be met at any rate."""
+    alone = simulate(system, workload.head(_FEW).paced(rate), backend=settings.backend)
+    return alone.attainment(slo) < settings.goal - _FAR
 
 
 def _one_at_a_time(workload: Workload, slo: SLO) -> float:

@@ -15,6 +15,7 @@ from vllm_disagg.core.slo import SLO
 from vllm_disagg.errors import ConfigError, NoFeasiblePlacement
 from vllm_disagg.planner.bounds import Load, decode_bound, load_of, prefill_bound
 from vllm_disagg.planner.candidates import Candidate, Resources, Shape, colocated, segmented, shapes
+from vllm_disagg.planner.cluster import Pool
 from vllm_disagg.planner.goodput import Goodput, SearchSettings, attainment_at, find_goodput, slo_scale
 from vllm_disagg.planner.limits import Limit, limit_of
 from vllm_disagg.sim.run import simulate
@@ -41,9 +42,9 @@ class Effort:
         finalists: split placements that are measured with everything, and half as many colocated ones.
     """
 
-    quick_requests: int = 600
-    quick_spans: float = 4.0
-    quick_tolerance: float = 0.05
+    quick_requests: int = 400
+    quick_spans: float = 2.0
+    quick_tolerance: float = 0.08
     finalists: int = 4
 
 
@@ -130,9 +131,13 @@ def algorithm_1(question: Question, mapper: Mapper = map) -> list[Score]:
     resources, slo = question.resources, question.slo
     targets = SLO(ttft_s=slo.ttft_s, tpot_s=_NEVER), SLO(ttft_s=_NEVER, tpot_s=slo.tpot_s)
     apart: list[dict[Shape, float]] = []
-    for phase, target, pool in (("prefill", targets[0], resources.prefill), ("decode", targets[1], resources.decode)):
+    phases: tuple[tuple[Literal["prefill", "decode"], SLO, Pool], ...] = (
+        ("prefill", targets[0], resources.prefill),
+        ("decode", targets[1], resources.decode),
+    )
+    for phase, target, pool in phases:
         tasks = [
-            (question, phase, shape, target)
+            (_slim(question), phase, shape, target)
             for shape in shapes(pool.profile, resources.cluster, resources.longest_tokens)
         ]
         found = {task[2]: goodput for task, goodput in zip(tasks, mapper(_phase_goodput, tasks), strict=True)}
@@ -202,14 +207,18 @@ def require_shapes(question: Question) -> None:
 # Workers: plain functions of one value, so that a pool of processes can run them.
 
 
-def _phase_goodput(task: tuple[Question, str, Shape, SLO]) -> float:
+def _phase_goodput(task: tuple[Question, Literal["prefill", "decode"], Shape, SLO]) -> float:
     question, phase, shape, slo = task
     workload, search = question.quick
+    load = load_of([workload])
     if phase == "prefill":
-        system = System(decode=(question.resources.prefill_engine(shape),), phase="prefill")
+        engine = question.resources.prefill_engine(shape)
+        bound = prefill_bound(engine, load)
     else:
-        system = System(decode=(question.resources.decode_engine(shape),), phase="decode")
-    return find_goodput(system, [workload], slo, search).mean
+        engine = question.resources.decode_engine(shape)
+        bound = decode_bound(engine, load, slo)
+    system = System(decode=(engine,), phase=phase)
+    return find_goodput(system, [workload], slo, search, guess=_guess(bound)).mean
 
 
 def _quick_goodput(task: tuple[Question, Candidate, float, float]) -> Goodput | None:
@@ -249,12 +258,22 @@ def _search(
         batch = [c for c in order[begin : begin + _BATCH] if bounds[c] * _BOUND_SLACK > to_beat * price(c)]
         if not batch and bounds[order[begin]] < math.inf:
             break
-        tasks = [(question, c, to_beat * price(c), min(bounds[c] / 2, 1e3)) for c in batch]
+        tasks = [(_slim(question), c, to_beat * price(c), _guess(bounds[c])) for c in batch]
         for candidate, goodput in zip(batch, mapper(_quick_goodput, tasks), strict=True):
             if goodput is not None and goodput.mean > 0:
                 best.append(Score(candidate=candidate, algorithm=algorithm, goodput=goodput, price=price(candidate)))
         best = sorted(best, key=lambda score: score.rank)[:keep]
     return best
+
+
+def _guess(bound: float) -> float:
+    """Where to begin: goodput is often a little above half of the bound."""
+    return 0.6 * bound if 0 < bound < 1e6 else 1.0
+
+
+def _slim(question: Question) -> Question:
+    """Without the seeds that a quick run does not use: it travels to another process with every candidate."""
+    return replace(question, workloads=question.workloads[:1])
 
 
 def _bound(question: Question, candidate: Candidate, load: Load) -> float:
