@@ -23,6 +23,7 @@ async def test_prompt_lengths_around_block_boundaries(deployment: Deployment) ->
     await judge(deployment, cases.length_cases([1, 2, *cases.boundaries([1, 2, 3, 5, 9, 16])], seed=1))
 
 
+@pytest.mark.heavy
 async def test_the_longest_prompts(deployment: Deployment) -> None:
     await judge(deployment, cases.length_cases([1500, 2000], seed=2))
 
@@ -35,10 +36,12 @@ async def test_request_shapes(deployment: Deployment) -> None:
     await judge(deployment, cases.shape_cases(seed=200))
 
 
+@pytest.mark.heavy
 async def test_shapes_that_cannot_be_split_are_served_locally_with_the_same_answer(deployment: Deployment) -> None:
     await judge(deployment, cases.local_cases(seed=300), at_once=1)
 
 
+@pytest.mark.heavy
 async def test_a_shared_prefix_sent_twice(deployment: Deployment) -> None:
     prefix = cases.prompt_of(100, 400)
     asked = [
