@@ -13,6 +13,7 @@ from vllm_disagg import __version__
 from vllm_disagg.config import ProxySettings, help_of
 from vllm_disagg.errors import DisaggError, LaunchError
 from vllm_disagg.launcher.settings import UpSettings
+from vllm_disagg.plan_settings import PlanSettings, SimulateSettings
 
 EXIT_LAUNCH, EXIT_USAGE = 1, 2
 
@@ -58,7 +59,7 @@ def _kind(hint: Any) -> dict[str, Any]:
         return {"is_flag": True}
     if hint == tuple[str, ...]:
         return {"multiple": True}
-    kind = {int: int, float: float}.get(hint, str)
+    kind = {int: int, float: float, float | None: float}.get(hint, str)
     return {"type": kind, "show_default": True}
 
 
@@ -103,6 +104,24 @@ def proxy(**options: Any) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     run(ProxySettings(**options))
+
+
+@cli.command()
+@settings_options(PlanSettings)
+def plan(**options: Any) -> None:
+    """Say which placement serves the most requests within the latency targets, and whether to split at all."""
+    from vllm_disagg.plan_command import run_plan
+
+    click.echo("\n".join(run_plan(PlanSettings(**options))))
+
+
+@cli.command()
+@settings_options(SimulateSettings)
+def simulate(**options: Any) -> None:
+    """Simulate one deployment at several rates: SLO attainment, latencies, and where the time goes."""
+    from vllm_disagg.plan_command import run_simulate
+
+    click.echo("\n".join(run_simulate(SimulateSettings(**options))))
 
 
 @cli.command()

@@ -21,6 +21,7 @@ from vllm_disagg.core.policy import LOCAL_REASONS, REFUSE_REASONS
 from vllm_disagg.emulation.settings import EmulationSettings
 from vllm_disagg.frontend import RELEASE_TIMEOUT_S
 from vllm_disagg.launcher.settings import UpSettings
+from vllm_disagg.plan_settings import PlanSettings, SimulateSettings
 from vllm_disagg.proxy.metrics import METRICS, ProxyMetrics
 from vllm_disagg.proxy.upstream import Cause
 from vllm_disagg.proxy.watch import MAX_STRIKES
@@ -132,7 +133,12 @@ def test_flags_that_a_role_refuses(flag: str) -> None:
 
 @pytest.mark.parametrize(
     ("command", "cls", "heading"),
-    [("proxy", ProxySettings, "## The proxy"), ("up", UpSettings, "## `vllm-disagg up`")],
+    [
+        ("proxy", ProxySettings, "## The proxy"),
+        ("up", UpSettings, "## `vllm-disagg up`"),
+        ("plan", PlanSettings, "## `vllm-disagg plan`"),
+        ("simulate", SimulateSettings, "## `vllm-disagg simulate`"),
+    ],
 )
 def test_options_of_commands_and_their_defaults(command: str, cls: type, heading: str) -> None:
     assert columns("docs/settings.md", heading) == options_of(command, cls)

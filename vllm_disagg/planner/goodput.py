@@ -25,6 +25,9 @@ _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 _MAX_DOUBLINGS = 60
 
+_MOST_MISSING = 8
+"""A workload with fewer than one in so many of the needed requests finds no limit any more."""
+
 _FEW = 100
 
 _FAR = 0.1
@@ -66,8 +69,11 @@ class SearchSettings:
 
     def run_of(self, workload: Workload, rate: float, slo: SLO) -> Workload:
         """The part of a workload that is served at a rate; all of it where it has no more."""
-        needed = max(self.min_requests, math.ceil(self.spans * rate * span_s(workload, slo)))
-        return workload.head(needed).paced(rate)
+        return workload.head(self.needed(workload, rate, slo)).paced(rate)
+
+    def needed(self, workload: Workload, rate: float, slo: SLO) -> int:
+        """How many requests a run at a rate should have."""
+        return max(self.min_requests, math.ceil(self.spans * rate * span_s(workload, slo)))
 
 
 def span_s(workload: Workload, slo: SLO) -> float:
@@ -185,8 +191,11 @@ def _of_one(system: System, workload: Workload, slo: SLO, settings: SearchSettin
     if enough(start):
         while enough(high := high * 2):
             low = high
-            if len(seen) > _MAX_DOUBLINGS:
-                raise ConfigError("no rate is too high: the profile's step times are all 0")
+            if settings.needed(workload, high, slo) > _MOST_MISSING * len(workload) or len(seen) > _MAX_DOUBLINGS:
+                raise ConfigError(
+                    f"{len(workload)} requests are too few to find the goodput: they meet their targets even at "
+                    f"{high:.3g}/s, where they last only {len(workload) / high:.2g} s"
+                )
     else:
         floor = _one_at_a_time(workload, slo)
         if start <= floor or _hopeless(system, workload, floor, slo, settings) or not enough(floor):

@@ -179,15 +179,17 @@ def parse_placement(document: Any, *, origin: str) -> Candidate:
         raise ConfigError(f"{origin}: placement is incomplete: {error!r}") from error
 
 
-def explain(question: Question, rate: float) -> list[str]:
+def explain(question: Question, rate: float | None = None) -> list[str]:
     """DistServe's equations 1 to 3 with this model's numbers: what parallelism does to prefill at a rate per instance.
-    They hold for prompts of one length that are not batched: here the mean length."""
+    They hold for prompts of one length that are not batched: here the mean length. Without a rate: at half of the load
+    that one device bears."""
     profile = question.resources.prefill.profile
     length = round(sum(float(w.prompt_tokens.mean()) for w in question.workloads) / len(question.workloads))
     base = min(profile.entries)
     d_s = profile.entry(base).latency.step_s(work_of([(0, length)]))
+    rate = rate or 0.5 / d_s
     lines = [
-        f"A prompt of {length} tokens takes D = {d_s * 1e3:.1f} ms on TP{base}; at R = {rate:g}/s the load is "
+        f"A prompt of {length} tokens takes D = {d_s * 1e3:.1f} ms on TP{base}; at R = {rate:.3g}/s the load is "
         f"R D = {rate * d_s:.2f}.",
         _line("eq. 1", f"TP{base} PP1", lambda: one_device_s(d_s, rate)),
         _line("eq. 2", f"TP{base} PP2, twice the devices", lambda: inter_op_s(d_s, rate)),

@@ -1,0 +1,286 @@
+"""`vllm-disagg plan` and `vllm-disagg simulate`: read, ask the planner or the simulator, print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import numpy as np
+
+from vllm_disagg.core.link import LINKS, Link
+from vllm_disagg.core.slo import SLO
+from vllm_disagg.errors import ConfigError
+from vllm_disagg.plan_settings import PlanSettings, SimulateSettings
+from vllm_disagg.planner.candidates import Resources
+from vllm_disagg.planner.cluster import Cluster, EngineOptions, Pool, critical_length
+from vllm_disagg.planner.goodput import SearchSettings, find_goodput
+from vllm_disagg.planner.placement import Mapper, Question
+from vllm_disagg.planner.plan import Plan, explain, make_plan, plan_document
+from vllm_disagg.profiles import load_profile
+from vllm_disagg.sim.arrivals import Arrivals
+from vllm_disagg.sim.lengths import SURROGATES, FixedLengths, Lengths, lengths_of, make_workload
+from vllm_disagg.sim.outcome import PHASES
+from vllm_disagg.sim.run import simulate
+from vllm_disagg.sim.system import EngineSpec, FirstToken, Policy, System
+from vllm_disagg.sim.traces import read_trace
+from vllm_disagg.sim.workload import Workload
+
+NUM_REQUESTS = 20_000
+"""Of each workload that a plan is made with; a search uses as many of them as it needs."""
+
+
+def run_plan(settings: PlanSettings) -> list[str]:
+    """Make a plan and return the lines to print."""
+    question = question_of(settings)
+    with _mapper(settings.processes) as mapper:
+        plan = make_plan(question, mapper)
+    if settings.out:
+        _write(settings.out, plan_document(plan))
+    lines = [*plan_table(plan), "", plan.verdict]
+    if settings.explain:
+        lines += ["", *explain(question, settings.rate)]
+    return lines
+
+
+def question_of(settings: PlanSettings) -> Question:
+    """The planner's question.
+
+    Raises:
+        ConfigError: a setting is out of range, or a file cannot be read.
+    """
+    profile = load_profile(settings.profile, model=settings.model)
+    prefill = load_profile(settings.prefill_profile, model=settings.model) if settings.prefill_profile else profile
+    lengths = lengths_from(settings.workload)
+    if settings.seeds < 1:
+        raise ConfigError(f"--seeds must be at least 1, not {settings.seeds}")
+    workloads = tuple(
+        make_workload(lengths, num_requests=NUM_REQUESTS, seed=seed, arrivals=Arrivals(cv=settings.cv)).capped(
+            profile.model.max_model_len
+        )
+        for seed in range(settings.seeds)
+    )
+    longest = max(int((workload.prompt_tokens + workload.output_tokens).max()) for workload in workloads)
+    return Question(
+        resources=Resources(
+            prefill=Pool(profile=prefill, price=settings.prefill_price or settings.price),
+            decode=Pool(profile=profile, price=settings.price),
+            cluster=Cluster(
+                num_nodes=settings.nodes,
+                devices_per_node=settings.devices_per_node,
+                intra=_link(settings.intra_link),
+                inter=_link(settings.inter_link),
+            ),
+            options=EngineOptions(
+                first_token=_first_token(settings.first_token),
+                step_overhead_s=settings.step_overhead_ms / 1e3,
+                handoff_s=settings.handoff_ms / 1e3,
+            ),
+            longest_tokens=longest,
+        ),
+        workloads=workloads,
+        slo=SLO(ttft_s=settings.slo_ttft_s, tpot_s=settings.slo_tpot_s),
+        rate=settings.rate,
+        search=SearchSettings(goal=settings.goal),
+    )
+
+
+def plan_table(plan: Plan) -> list[str]:
+    """The ranking, best first."""
+    head = ("placement", "devices", "goodput/s", "per price", "limited by")
+    rows = [
+        (
+            score.candidate.name,
+            str(score.candidate.num_devices),
+            f"{score.goodput.mean:.2f} ± {score.goodput.half_width:.2f}",
+            f"{score.per_price:.3f}",
+            score.limit,
+        )
+        for score in plan.ranking
+    ]
+    return _table(head, rows)
+
+
+def run_simulate(settings: SimulateSettings) -> list[str]:
+    """Simulate at each rate and return the lines to print."""
+    system, slo = system_of(settings), SLO(ttft_s=settings.slo_ttft_s, tpot_s=settings.slo_tpot_s)
+    workload = replayed(settings)
+    rows, found = [], []
+    for rate in _rates(settings.rates):
+        outcome = simulate(system, workload.paced(rate))
+        window = outcome.window(0.1)
+        ttft, tpot = outcome.ttft_s[window], outcome.tpot_s[window]
+        result: dict[str, Any] = {
+            "rate": rate,
+            "attainment": outcome.attainment(slo, skip=0.1),
+            "ttft_p50_s": float(np.nanpercentile(ttft, 50)),
+            "ttft_p90_s": float(np.nanpercentile(ttft, 90)),
+            "tpot_p50_s": float(np.nanpercentile(tpot, 50)) if np.isfinite(tpot).any() else None,
+            "tpot_p90_s": float(np.nanpercentile(tpot, 90)) if np.isfinite(tpot).any() else None,
+            "phases_s": {name: float(np.nanmean(values[window])) for name, values in outcome.phases().items()},
+            "preemptions": int(outcome.num_preemptions.sum()),
+            "refused": int(outcome.refused.sum()),
+        }
+        found.append(result)
+        rows.append(
+            (
+                f"{rate:g}", f"{result['attainment']:.1%}", _ms(result["ttft_p50_s"]), _ms(result["ttft_p90_s"]),
+                _ms(result["tpot_p50_s"]), _ms(result["tpot_p90_s"]),
+                *(_ms(result["phases_s"][name]) for name in PHASES), str(result["preemptions"]),
+            )
+        )  # fmt: skip
+    goodput, said = _goodput(system, settings, workload, slo)
+    if settings.out:
+        document = {"workload": workload.source, "goodput": goodput, "runs": found}
+        _write(settings.out, {"format": "vllm-disagg-simulation", "version": 1, **document})
+    head = ("rate/s", "attainment", "TTFT p50", "p90", "TPOT p50", "p90", *PHASES, "preemptions")
+    return [
+        f"{workload.source}; times in ms, phases as means",
+        *_table(tuple(name.replace("_", " ") for name in head), rows),
+        "",
+        said,
+    ]
+
+
+def _goodput(system: System, settings: SimulateSettings, workload: Workload, slo: SLO) -> tuple[float | None, str]:
+    """The goodput, None where a trace is too short to tell, and the line to print."""
+    if not Path(settings.workload).exists():
+        workload = replayed(replace(settings, requests=NUM_REQUESTS))
+    try:
+        goodput = find_goodput(system, [workload], slo).mean
+    except ConfigError as error:
+        return None, f"goodput not known: {error}"
+    devices = system.num_devices
+    each = f"{devices} device{'s' if devices > 1 else ''}"
+    return goodput, f"goodput {goodput:.2f} requests/s, {goodput / devices:.2f} per device ({each})"
+
+
+def system_of(settings: SimulateSettings) -> System:
+    """The system to simulate.
+
+    Raises:
+        ConfigError: a setting is out of range, or the model does not fit.
+    """
+    profile = load_profile(settings.profile, model=settings.model)
+    if settings.policy not in get_args(Policy):
+        raise ConfigError(f"--policy must be one of {', '.join(get_args(Policy))}, not {settings.policy!r}")
+    if settings.prefill < 0 or settings.decode < 1:
+        raise ConfigError("--prefill must be 0 or more and --decode at least 1")
+
+    def engine(tp: int, pp: int, policy: Policy, budget: int) -> EngineSpec:
+        return EngineSpec(
+            latency=profile.entry(tp).latency,
+            kv_tokens=profile.kv_capacity_tokens(tp, pp),
+            pp=pp,
+            policy=policy,
+            max_num_batched_tokens=budget,
+            max_num_seqs=settings.max_num_seqs,
+            step_overhead_s=settings.step_overhead_ms / 1e3,
+            num_devices=tp * pp,
+        )
+
+    l_m = critical_length(
+        profile.entry(settings.prefill_tp).latency, EngineOptions().l_m_share, longest=profile.model.max_model_len
+    )
+    return System(
+        prefill=(engine(settings.prefill_tp, settings.prefill_pp, "whole", l_m),) * settings.prefill,
+        decode=(engine(settings.tp, settings.pp, cast(Policy, settings.policy), settings.max_num_batched_tokens),)
+        * settings.decode,
+        link=_link(settings.link),
+        kv_bytes_per_token=profile.model.kv_bytes_per_token,
+        handoff_s=settings.handoff_ms / 1e3,
+        first_token=_first_token(settings.first_token),
+    )
+
+
+def replayed(settings: SimulateSettings) -> Workload:
+    """The workload to simulate: a trace in its own order, anything else drawn."""
+    if settings.requests < 1:
+        raise ConfigError(f"--requests must be at least 1, not {settings.requests}")
+    if Path(settings.workload).exists():
+        return read_trace(settings.workload).head(settings.requests)
+    lengths, arrivals = lengths_from(settings.workload), Arrivals(cv=settings.cv)
+    return make_workload(lengths, num_requests=settings.requests, seed=settings.seed, arrivals=arrivals)
+
+
+def lengths_from(name: str) -> Lengths:
+    """The lengths that a workload's name or file stands for.
+
+    Raises:
+        ConfigError: it stands for nothing.
+    """
+    if name in SURROGATES:
+        return SURROGATES[name]
+    if name.startswith("fixed:"):
+        prompt, _, output = name.removeprefix("fixed:").partition("/")
+        if not (prompt.isdecimal() and output.isdecimal() and int(prompt) > 0 and int(output) > 0):
+            raise ConfigError(f"--workload: expected fixed:PROMPT/OUTPUT in tokens, such as fixed:512/64, not {name!r}")
+        return FixedLengths(prompt_tokens=int(prompt), output_tokens=int(output))
+    if not Path(name).exists():
+        raise ConfigError(
+            f"--workload: {name!r} is neither a file nor one of {', '.join(sorted(SURROGATES))}, fixed:PROMPT/OUTPUT"
+        )
+    return lengths_of(read_trace(name))
+
+
+@contextmanager
+def _mapper(processes: int) -> Iterator[Mapper]:
+    """`map`, in several processes if so many are wanted."""
+    if processes < 1:
+        raise ConfigError(f"--processes must be at least 1, not {processes}")
+    if processes == 1:
+        yield map
+        return
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield pool.map
+
+
+def _link(name: str) -> Link:
+    if name not in LINKS:
+        raise ConfigError(f"the link must be one of {', '.join(LINKS)}, not {name!r}")
+    return LINKS[name]
+
+
+def _first_token(name: str) -> FirstToken:
+    if name not in get_args(FirstToken):
+        raise ConfigError(f"--first-token must be one of {', '.join(get_args(FirstToken))}, not {name!r}")
+    return cast(FirstToken, name)
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        rates = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        rates = []
+    if not rates or not all(np.isfinite(rate) and rate > 0 for rate in rates):
+        raise ConfigError(f"--rates must be positive numbers with commas between them, not {text!r}")
+    return rates
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns with as much room as they need: the first to the left, the others to the right."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.0f}" if np.isfinite(seconds) else "never"
+
+
+def _write(path: str, document: dict[str, Any]) -> None:
+    try:
+        Path(path).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {path}: {error.strerror}") from error

@@ -1,0 +1,70 @@
+"""Settings of `vllm-disagg plan` and `vllm-disagg simulate`. Light, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_disagg.config import setting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSettings:
+    """What to plan for."""
+
+    profile: str = setting("opt-13b-a100-80g", "Step times: a profile by name, or the path of a JSON file.")
+    model: str | None = setting(None, "Which model, where the profile's file holds several.")
+    prefill_profile: str | None = setting(
+        None, "Profile of the same model on prefill's devices, if they are of another kind."
+    )
+    workload: str = setting(
+        "sharegpt-like",
+        "Requests: sharegpt-like, humaneval-like, longbench-like, fixed:PROMPT/OUTPUT, or the path of a trace "
+        "(Mooncake, ShareGPT, Azure, BurstGPT), which is resampled.",
+    )
+    cv: float = setting(1.0, "Variability of the times between arrivals: 1 is a Poisson process, more comes in bursts.")
+    slo_ttft_s: float = setting(0.25, "Target for the time to first token, seconds.")
+    slo_tpot_s: float = setting(0.1, "Target for the time per output token, seconds.")
+    goal: float = setting(0.9, "Share of the requests that have to meet both targets.")
+    rate: float | None = setting(None, "Requests per second to serve. Without it: the most per device.")
+    nodes: int = setting(1, "Nodes of the cluster.")
+    devices_per_node: int = setting(8, "Devices in each.")
+    intra_link: str = setting("nvlink", "Link of each device inside its node: none, nvlink, pcie5, 200g or 25g.")
+    inter_link: str = setting("25g", "Link of each node to the others, likewise.")
+    price: float = setting(1.0, "Price of a device, in any unit. Placements are ranked by goodput per price.")
+    prefill_price: float | None = setting(None, "Price of one of prefill's devices, if it is another.")
+    first_token: str = setting("decode", "Who sends the first token: decode, as this project does, or prefill.")
+    step_overhead_ms: float = setting(0.0, "Host time per engine step during which the device waits.")
+    handoff_ms: float = setting(0.0, "From a prompt's end to the request's arrival at decode, without the KV.")
+    seeds: int = setting(5, "Workloads to measure the best placements with; their spread is the interval.")
+    processes: int = setting(2, "Processes that search.")
+    explain: bool = setting(False, "Also print DistServe's equations 1 to 3 with this model's numbers.")
+    out: str | None = setting(None, "Write the plan as JSON to this file.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulateSettings:
+    """What to simulate."""
+
+    profile: str = setting("opt-13b-a100-80g", "Step times: a profile by name, or the path of a JSON file.")
+    model: str | None = setting(None, "Which model, where the profile's file holds several.")
+    workload: str = setting("sharegpt-like", "Requests, as for `plan`. A trace is replayed in its own order.")
+    cv: float = setting(1.0, "Variability of the times between arrivals, as for `plan`.")
+    prefill: int = setting(0, "Number of prefill instances. 0: the others are colocated ones.")
+    decode: int = setting(1, "Number of decode instances, or of colocated ones.")
+    prefill_tp: int = setting(1, "Tensor-parallel size of a prefill instance.")
+    prefill_pp: int = setting(1, "Pipeline stages of a prefill instance.")
+    tp: int = setting(1, "Tensor-parallel size of a decode or colocated instance.")
+    pp: int = setting(1, "Pipeline stages of a decode or colocated instance.")
+    policy: str = setting("chunked", "How colocated instances form steps: chunked, whole or prefill_first.")
+    max_num_batched_tokens: int = setting(2048, "Tokens per step of a decode or colocated instance.")
+    max_num_seqs: int = setting(1024, "Running requests of an instance.")
+    link: str = setting("nvlink", "Link between instances: none, nvlink, pcie5, 200g or 25g.")
+    first_token: str = setting("decode", "Who sends the first token: decode, as this project does, or prefill.")
+    step_overhead_ms: float = setting(0.0, "Host time per engine step during which the device waits.")
+    handoff_ms: float = setting(0.0, "From a prompt's end to the request's arrival at decode, without the KV.")
+    rates: str = setting("0.5,1,2,4,8", "Requests per second, one run for each.")
+    requests: int = setting(5000, "Requests of a run.")
+    slo_ttft_s: float = setting(0.25, "Target for the time to first token, seconds.")
+    slo_tpot_s: float = setting(0.1, "Target for the time per output token, seconds.")
+    seed: int = setting(0, "Of the workload.")
+    out: str | None = setting(None, "Write the results as JSON to this file.")
