@@ -75,6 +75,13 @@ DEPLOYMENTS = [
     Deployment(tp=tp, pp=pp, hook_order=order, **kind)
     for (tp, pp), order, kind in itertools.product(SHAPES, ("v1", "v2"), KINDS)
 ]
+DEPLOYMENTS += [
+    Deployment(tp=tp, pp=pp, hook_order=order, decode_flags=tuple(parallel(*other)))
+    for (tp, pp), other, order in [
+        ((2, 1), (1, 1), "v1"), ((1, 1), (2, 1), "v2"), ((1, 2), (1, 1), "v1"), ((2, 1), (1, 2), "v2"),
+        ((4, 1), (2, 2), "v1"), ((2, 2), (4, 1), "v2"),
+    ]
+]  # fmt: skip
 
 
 def unequal(deployment: Deployment, whole: Engine, folder: Path, count: int, seed: int) -> list[str]:
@@ -94,6 +101,9 @@ def unequal(deployment: Deployment, whole: Engine, folder: Path, count: int, see
         local = iter([split.decode.add(*pair) for pair in zip(*_where(is_local, True, prompts, wishes), strict=True)])
         names = [next(local) if here else next(handed) for here in is_local]
         answers = split.decode.run(names)
+        computed = dict(itertools.chain.from_iterable(decision.new for decision in split.decode.decisions))
+        for name, prompt, here in zip(names, prompts, is_local, strict=True):
+            assert here or computed[name] == len(prompt) - 1, "decode has computed a prompt that was handed over"
         right = whole.run([whole.add(*pair) for pair in zip(prompts, wishes, strict=True)])
         found += [
             f"{deployment}: {len(prompt)} tokens, {wish}: {answer.words} instead of {expected.words}"
@@ -120,7 +130,7 @@ def whole() -> Iterator[Engine]:
     engine.stop()
 
 
-@pytest.mark.parametrize("deployment", [DEPLOYMENTS[0], DEPLOYMENTS[15], DEPLOYMENTS[26]], ids=str)
+@pytest.mark.parametrize("deployment", [DEPLOYMENTS[index] for index in (0, 15, 26, 36)], ids=str)
 def test_split_requests_answer_as_the_undivided_engine(deployment: Deployment, whole: Engine, tmp_path: Path) -> None:
     assert unequal(deployment, whole, tmp_path / "pair", 100, seed=1) == []
 
