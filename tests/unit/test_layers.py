@@ -32,7 +32,20 @@ ALLOWED: dict[str, set[str]] = {
 }
 """Part -> the parts it may import (itself always)."""
 
-LIGHT = ("vllm_disagg.core", "vllm_disagg.proxy", "vllm_disagg.proxy.app", "vllm_disagg.launcher", "vllm_disagg.cli")
+LIGHT = (
+    "vllm_disagg.core",
+    "vllm_disagg.profiles",
+    "vllm_disagg.sim.run",
+    "vllm_disagg.sim.traces",
+    "vllm_disagg.planner.plan",
+    "vllm_disagg.planner.drift",
+    "vllm_disagg.planner.fit",
+    "vllm_disagg.plan_command",
+    "vllm_disagg.proxy",
+    "vllm_disagg.proxy.app",
+    "vllm_disagg.launcher",
+    "vllm_disagg.cli",
+)
 
 
 def imports_of(file: Path) -> set[str]:
