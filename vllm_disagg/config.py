@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 from vllm_disagg.errors import ConfigError
 
 Role = Literal["prefill", "decode"]
-TransportName = Literal["nixl", "loopback"]
+TransportName = Literal["nixl", "nccl", "loopback"]
+TransportChoice = Literal["auto", "nixl", "nccl", "loopback"]
 
 _WILDCARDS = ("", "*", "0.0.0.0")  # noqa: S104 - refused
 
@@ -38,7 +39,11 @@ class EngineSettings:
     `kv_connector_extra_config`, which does not enter vLLM's compile-cache key."""
 
     role: Role
-    transport: TransportName = setting("nixl", "How KV blocks travel between prefill and decode.")
+    transport: TransportChoice = setting(
+        "auto",
+        "How KV blocks travel between prefill and decode: nixl reads the other side's memory, nccl sends messages "
+        "(gloo on CPU), auto takes nixl where it is installed. Both sides need the same.",
+    )
     control_host: str = setting(
         "127.0.0.1",
         "Address on which a prefill instance listens for decode instances, and which it tells them. "
@@ -61,7 +66,7 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         _one_of("kv role", self.role, ROLES)
-        _one_of("kv transport", self.transport, get_args(TransportName))
+        _one_of("kv transport", self.transport, get_args(TransportChoice))
         _positive("kv lease", self.lease_s)
         _positive("kv pull timeout", self.pull_timeout_s)
         _port("kv control port", self.control_port)

@@ -43,7 +43,7 @@ _CONFLICTS: dict[str, str] = {
 }
 """Fields that mean something else than `--kv-role` does, and their flags."""
 
-_TRANSPORTS = ("nixl",)
+_TRANSPORTS = ("auto", "nixl", "nccl")
 """`loopback` stays inside one process: for tests."""
 
 

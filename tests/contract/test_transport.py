@@ -24,6 +24,16 @@ def test_loopback(check: Check) -> None:
     check(LoopbackTransport)
 
 
+def open_nccl(agent_name: str) -> Transport:
+    pytest.importorskip("torch")
+    return open_transport("nccl", agent_name)
+
+
+@each_check
+def test_nccl(check: Check) -> None:
+    check(open_nccl)
+
+
 @each_check
 def test_nixl(check: Check) -> None:
     check(open_nixl)

@@ -1,4 +1,5 @@
-"""NIXL between processes whose memory is read, stopped, killed and started again. The peer is this file, as a program.
+"""Transports between processes whose memory is read, stopped, killed and started again. The peer is this file, as a
+program.
 
 What these tests are about is the promise that nothing is written to a read's memory once its outcome is known.
 """
@@ -13,11 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 import psutil
 import pytest
 
+from vllm_disagg.config import TransportName
 from vllm_disagg.testing.check_transport import Memory, Rig, finish, rig, run_until
 from vllm_disagg.transport import open_transport
 from vllm_disagg.transport.base import CANCEL_BOUND_S, Copy, Outcome, PeerName, TransferHandle, Transport
@@ -29,22 +32,37 @@ SEED = 11
 CANARY = 0xC7
 ANSWER = b"peer: "
 
-TCP = {"UCX_TLS": "tcp"}
-"""A link whose peer must answer each read, which a stopped one does not."""
 
-SHARED_MEMORY: dict[str, str] = {}
-"""Whatever UCX finds; on one host that is CMA."""
+@dataclass(frozen=True)
+class Link:
+    """A transport, and what its peer finds in its environment."""
+
+    transport: TransportName
+    env: tuple[tuple[str, str], ...] = ()
+
+
+NIXL = Link("nixl")
+"""Over whatever UCX finds; on one host that is CMA."""
+
+NIXL_TCP = Link("nixl", (("UCX_TLS", "tcp"),))
+"""The peer must answer each read, which a stopped one does not."""
+
+NCCL = Link("nccl")
+"""With gloo here: the peer must answer, too."""
+
+ALL = pytest.mark.parametrize("link", [NIXL, NIXL_TCP, NCCL], ids=["nixl", "nixl_tcp", "nccl"])
+TWO_SIDED = pytest.mark.parametrize("link", [NIXL_TCP, NCCL], ids=["nixl_tcp", "nccl"])
 
 
 class PeerProcess:
     """An owner of pseudo-random memory in a process of its own, which progresses its transport all the time."""
 
-    def __init__(self, name: str, num_bytes: int, env: dict[str, str]) -> None:
+    def __init__(self, name: str, num_bytes: int, link: Link) -> None:
         self.num_bytes = num_bytes
         self._process = subprocess.Popen(
-            [sys.executable, __file__, f"{name}-{os.getpid()}", str(num_bytes)],
+            [sys.executable, __file__, link.transport, f"{name}-{os.getpid()}", str(num_bytes)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
-            env={**os.environ, **env},
+            env={**os.environ, **dict(link.env)},
         )  # fmt: skip
 
     @cached_property
@@ -103,11 +121,11 @@ StartPeer = Callable[..., PeerProcess]
 
 
 @pytest.fixture
-def start_peer() -> Iterator[StartPeer]:
+def start_peer(link: Link) -> Iterator[StartPeer]:
     peers: list[PeerProcess] = []
 
-    def start(name: str, num_mib: int = 1, env: dict[str, str] = SHARED_MEMORY) -> PeerProcess:
-        peers.append(PeerProcess(name, num_mib * MIB, env))
+    def start(name: str, num_mib: int = 1, link: Link = link) -> PeerProcess:
+        peers.append(PeerProcess(name, num_mib * MIB, link))
         return peers[-1]
 
     yield start
@@ -116,8 +134,8 @@ def start_peer() -> Iterator[StartPeer]:
 
 
 @pytest.fixture
-def made() -> Iterator[Rig]:
-    with rig(lambda name: open_transport("nixl", name)) as opened:
+def made(link: Link) -> Iterator[Rig]:
+    with rig(lambda name: open_transport(link.transport, name)) as opened:
         yield opened
 
 
@@ -147,9 +165,9 @@ def expected(peer: PeerProcess) -> Memory:
     return Memory(peer.num_bytes, seed=SEED)
 
 
-@pytest.mark.parametrize("env", [SHARED_MEMORY, TCP], ids=["shared_memory", "tcp"])
-def test_it_reads_the_memory_of_another_process(made: Rig, start_peer: StartPeer, env: dict[str, str]) -> None:
-    peer = start_peer("owner", 24, env)
+@ALL
+def test_it_reads_the_memory_of_another_process(made: Rig, start_peer: StartPeer) -> None:
+    peer = start_peer("owner", 24)
     memory = Memory(peer.num_bytes)
     reader = made.agent(memory).transport
 
@@ -160,11 +178,12 @@ def test_it_reads_the_memory_of_another_process(made: Rig, start_peer: StartPeer
     assert (memory.data == expected(peer).data).all()
 
 
+@TWO_SIDED
 @pytest.mark.parametrize("moment", ["before_connecting", "before_the_read", "during_the_read"])
 def test_nothing_arrives_from_a_frozen_peer_once_its_read_has_ended(
     made: Rig, start_peer: StartPeer, moment: str
 ) -> None:
-    peer = start_peer("frozen", 128, TCP)
+    peer = start_peer("frozen", 128)
     memory = Memory(peer.num_bytes)
     reader = made.agent(memory).transport
     if moment == "before_connecting":
@@ -194,6 +213,7 @@ def test_nothing_arrives_from_a_frozen_peer_once_its_read_has_ended(
     assert (memory.data == CANARY).all()
 
 
+@pytest.mark.parametrize("link", [NIXL, NCCL], ids=["nixl", "nccl"])
 def test_a_peer_frozen_while_connecting_is_read_later_from_the_same_descriptor(
     made: Rig, start_peer: StartPeer
 ) -> None:
@@ -213,8 +233,9 @@ def test_a_peer_frozen_while_connecting_is_read_later_from_the_same_descriptor(
     assert peer.ask()
 
 
-def test_a_frozen_peer_does_not_hold_up_another(made: Rig, start_peer: StartPeer) -> None:
-    frozen, lively = start_peer("stuck", 4, TCP), start_peer("lively", 4)
+@TWO_SIDED
+def test_a_frozen_peer_does_not_hold_up_another(made: Rig, start_peer: StartPeer, link: Link) -> None:
+    frozen, lively = start_peer("stuck", 4), start_peer("lively", 4, NIXL if link is NIXL_TCP else link)
     memory = Memory(4 * MIB)
     reader = made.agent(memory).transport
     stuck_name, name = warm_up(reader, memory, frozen), warm_up(reader, memory, lively)
@@ -228,9 +249,9 @@ def test_a_frozen_peer_does_not_hold_up_another(made: Rig, start_peer: StartPeer
     assert ended == {id(stuck): "cancelled", id(kept): "done"}
 
 
-@pytest.mark.parametrize("env", [SHARED_MEMORY, TCP], ids=["shared_memory", "tcp"])
-def test_reads_from_a_killed_peer_fail(made: Rig, start_peer: StartPeer, env: dict[str, str]) -> None:
-    peer, never_met = start_peer("killed", 8, env), start_peer("unmet", 1, env)
+@ALL
+def test_reads_from_a_killed_peer_fail(made: Rig, start_peer: StartPeer, link: Link) -> None:
+    peer, never_met = start_peer("killed", 8), start_peer("unmet", 1)
     memory = Memory(peer.num_bytes)
     reader = made.agent(memory).transport
     name = warm_up(reader, memory, peer)
@@ -247,11 +268,12 @@ def test_reads_from_a_killed_peer_fail(made: Rig, start_peer: StartPeer, env: di
 
     assert [ended[id(handle)].state for handle in (first, again, unmet)] == ["failed"] * 3
     assert (last.handle, last.state) == (after, "failed")
-    assert "killed" in ended[id(first)].error
+    assert link.transport != "nixl" or "killed" in ended[id(first)].error
 
 
+@TWO_SIDED
 def test_a_read_fails_when_its_peer_is_killed_meanwhile(made: Rig, start_peer: StartPeer) -> None:
-    peer = start_peer("shot", 128, TCP)
+    peer = start_peer("shot", 128)
     memory = Memory(peer.num_bytes)
     reader = made.agent(memory).transport
     read_all(reader, memory, warm_up(reader, memory, peer), peer)
@@ -266,6 +288,7 @@ def test_a_read_fails_when_its_peer_is_killed_meanwhile(made: Rig, start_peer: S
     assert (memory.data == CANARY).all()
 
 
+@pytest.mark.parametrize("link", [NIXL, NCCL], ids=["nixl", "nccl"])
 def test_a_restarted_peer_is_another_peer(made: Rig, start_peer: StartPeer) -> None:
     before = start_peer("first-life", 4)
     memory = Memory(before.num_bytes)
@@ -283,6 +306,7 @@ def test_a_restarted_peer_is_another_peer(made: Rig, start_peer: StartPeer) -> N
     assert (memory.data == expected(after).data).all()
 
 
+@pytest.mark.parametrize("link", [NIXL, NCCL], ids=["nixl", "nccl"])
 def test_ended_links_leave_no_descriptor_and_no_thread(made: Rig, start_peer: StartPeer) -> None:
     peer = start_peer("visited", 1)
     memory = Memory(peer.num_bytes)
@@ -301,11 +325,12 @@ def answer(text: bytes) -> None:
     os.write(sys.stdout.fileno(), ANSWER + text + b"\n")
 
 
-def serve(agent_name: str, num_bytes: int) -> None:
+def serve(transport_name: TransportName, agent_name: str, num_bytes: int) -> None:
     """Own memory until killed or left alone; say so when asked."""
-    sys.modules["torch"] = None  # type: ignore[assignment]  # NIXL imports it to learn of CUDA, which takes a second
+    if transport_name == "nixl":
+        sys.modules["torch"] = None  # type: ignore[assignment]  # it is imported to learn of CUDA, which takes a second
     memory = Memory(num_bytes, seed=SEED)
-    transport = open_transport("nixl", agent_name)
+    transport = open_transport(transport_name, agent_name)
     descriptor = transport.register([memory.region])
     answer(b"%d %s" % (memory.address, base64.b64encode(descriptor)))
     while True:
@@ -317,4 +342,4 @@ def serve(agent_name: str, num_bytes: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]))
+    serve(sys.argv[1], sys.argv[2], int(sys.argv[3]))  # type: ignore[arg-type]

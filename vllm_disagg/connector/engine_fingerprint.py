@@ -33,16 +33,18 @@ def config_fingerprint(vllm_config: Any) -> dict[str, str]:
     }
 
 
-def engine_fingerprint(vllm_config: Any, *, isa: str, heads: object) -> dict[str, str]:
+def engine_fingerprint(vllm_config: Any, *, isa: str, heads: object, transport: str) -> dict[str, str]:
     """The same, with what only a running engine knows.
 
     Args:
         vllm_config: vLLM's `VllmConfig`.
         isa: instruction set that packs CPU blocks, or the platform's name elsewhere.
+        transport: how its KV travels, `auto` resolved.
         heads: what its KV heads keep of a block, from `layout.describe_heads`.
     """
     return {
         **config_fingerprint(vllm_config),
+        "kv transport": transport,
         "instruction set": isa,
         "kv cache layout": f"{vllm_config.cache_config.kv_cache_layout} {digest_of(heads)}",
     }

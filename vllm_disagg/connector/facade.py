@@ -142,8 +142,8 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
         if not workers:
             raise ConfigError("no worker has registered its KV cache: this model has none to transfer")
         heads = describe_heads(item.layout for item in workers.values())
-        isa = next(iter(workers.values())).isa
-        fingerprint = engine_fingerprint(self._vllm_config, isa=isa, heads=heads)
+        first = next(iter(workers.values()))
+        fingerprint = engine_fingerprint(self._vllm_config, isa=first.isa, heads=heads, transport=first.transport)
         if self.settings.role == "prefill":
             self._open_prefill(fingerprint, workers)
         else:

@@ -28,6 +28,7 @@ class WorkerMetadata(KVConnectorHandshakeMetadata):
     layout: RankLayout
     link: str
     isa: str
+    transport: str
 
     def __repr__(self) -> str:
         return f"WorkerMetadata(link={self.link!r})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,14 @@ from vllm_disagg.connector.metadata import StepMetadata, WorkerMetadata
 from vllm_disagg.connector.secure import curve_keys
 from vllm_disagg.connector.worker_thread import WorkerThread
 from vllm_disagg.core.types import EngineId
-from vllm_disagg.transport import open_transport
+from vllm_disagg.transport import choose_transport, open_transport
 from vllm_disagg.transport.base import MemoryKind, Region, Transport
 from vllm_disagg.transport.layout import RankLayout, Segment
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 TransportWrapper = Callable[[Transport], Transport]
 
@@ -75,12 +78,16 @@ class WorkerSide:
             ),
             device_id=device.index or 0,
         )
+        transport_name, why = choose_transport(self._settings.transport)
+        if self._settings.transport == "auto" and (pp_rank, tp_rank) == (0, 0):
+            logger.info("transport.chosen transport=%s because=%r", transport_name, why)
         memory: MemoryKind = "DRAM" if device.type == "cpu" else "VRAM"
         regions = _regions(layout)
 
         def opened() -> tuple[Transport, bytes]:
             name = f"{self._engine_id}/pp{pp_rank}tp{tp_rank}"
-            transport = open_transport(self._settings.transport, name, memory=memory)
+            host = self._settings.control_host
+            transport = open_transport(transport_name, name, memory=memory, host=host)
             transport = transport if self._wrap is None else self._wrap(transport)
             return transport, transport.register(regions)
 
@@ -88,7 +95,13 @@ class WorkerSide:
         spread = zlib.crc32(self._engine_id.encode()) + tp_rank
         self._thread = WorkerThread(open_transport=opened, layout=layout, keys=curve_keys(self._key), spread=spread)
         descriptor = self._thread.start()
-        self._metadata = WorkerMetadata(descriptor=descriptor, layout=layout, link=self._thread.endpoint, isa=isa)
+        self._metadata = WorkerMetadata(
+            descriptor=descriptor,
+            layout=layout,
+            link=self._thread.endpoint,
+            isa=isa,
+            transport=transport_name,
+        )
 
     @property
     def metadata(self) -> WorkerMetadata | None:
