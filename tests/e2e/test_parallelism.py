@@ -120,27 +120,33 @@ def answers_of(undivided: Server) -> list[Answer]:
         undivided.kill()
 
 
+UNEQUAL = [
+    ((2, 1), (1, 1)),
+    ((1, 1), (2, 1)),
+    ((4, 1), (2, 1)),
+    ((1, 2), (1, 1)),
+    ((1, 1), (1, 2)),
+    ((2, 2), (1, 1)),
+    ((1, 4), (2, 2)),
+]
+
+
 @pytest.mark.parametrize(
-    ("prefill", "decode"),
+    ("transport", "prefill", "decode"),
     [
-        ((2, 1), (1, 1)),
-        ((1, 1), (2, 1)),
-        ((4, 1), (2, 1)),
-        ((1, 2), (1, 1)),
-        ((1, 1), (1, 2)),
-        ((2, 2), (1, 1)),
-        ((1, 4), (2, 2)),
+        *(("nixl", *pair) for pair in UNEQUAL),
+        *(("nccl", *pair) for pair in [((1, 1), (1, 1)), *UNEQUAL[:2], UNEQUAL[5]]),
     ],
     ids=name_of,
 )
 async def test_emulated_engines(
-    host: ForkHost, expected: list[Answer], tmp_path: Path, prefill: Degrees, decode: Degrees
+    host: ForkHost, expected: list[Answer], tmp_path: Path, transport: str, prefill: Degrees, decode: Degrees
 ) -> None:
     create_key_file(tmp_path / "key")
 
     def start(name: str, role: str | None, degrees: Degrees) -> Server:
         flags = ["--tensor-parallel-size", str(degrees[0]), "--pipeline-parallel-size", str(degrees[1])]
-        flags += ["--emulate-layer-groups", "4"]
+        flags += ["--emulate-layer-groups", "4", "--kv-transport", transport]
         return emulated_engine(name, host=host, folder=tmp_path, key_file=tmp_path / "key", role=role, flags=flags)
 
     await judge(start, tmp_path, prefill, decode, expected)
@@ -149,11 +155,14 @@ async def test_emulated_engines(
 # Real ones. vLLM 0.32 starts with two pipeline stages on CPU, but dies at the first request.
 
 
-def real_engine(name: str, role: str | None, degrees: Degrees, *, folder: Path, first_core: int = 0) -> Server:
+def real_engine(
+    name: str, role: str | None, degrees: Degrees, *, folder: Path, first_core: int = 0, transport: str = "nixl"
+) -> Server:
     tp, _ = degrees
     flags = ["--tensor-parallel-size", str(tp)] if tp > 1 else []
     if role is not None:
-        flags += ["--kv-pull-timeout-s", "60"]  # more ranks than cores: a thread may have to wait long for its turn
+        # More ranks than cores: a thread may have to wait long for its turn.
+        flags += ["--kv-transport", transport, "--kv-pull-timeout-s", "100", "--kv-lease-s", "200"]
     model = tiny_llama_path(num_layers=4, num_kv_heads=4)
     server = engine(name, model=model, index=0, folder=folder, key_file=folder / "key", role=role, flags=flags)
     cores = "|".join(str(core(first_core + rank)) for rank in range(tp))
@@ -166,12 +175,16 @@ def real_expected(tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("transport", ["nixl", "nccl"])
 @pytest.mark.parametrize(("prefill", "decode"), [((2, 1), (1, 1)), ((1, 1), (2, 1))], ids=name_of)
-async def test_real_engines(real_expected: list[Answer], tmp_path: Path, prefill: Degrees, decode: Degrees) -> None:
+async def test_real_engines(
+    real_expected: list[Answer], tmp_path: Path, transport: str, prefill: Degrees, decode: Degrees
+) -> None:
     create_key_file(tmp_path / "key")
 
     def start(name: str, role: str | None, degrees: Degrees) -> Server:
-        return real_engine(name, role, degrees, folder=tmp_path, first_core=2 if role == "decode" else 0)
+        first = 2 if role == "decode" else 0
+        return real_engine(name, role, degrees, folder=tmp_path, first_core=first, transport=transport)
 
     # One after the other: engines of two ranks keep both of their cores busy whenever they step.
     await judge(start, tmp_path, prefill, decode, real_expected, at_once=1)
