@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.load import LoadShape, Request, Times, drive, poisson
-from benchmarks.machine import OtherLoad, busy_seconds, fact_list, facts, table
+from benchmarks.machine import OtherLoad, Stolen, busy_seconds, fact_list, facts, table
 from tests.e2e.engines import EmulatedEngine, fork_host
 from vllm_disagg.core.latency import LatencyModel, work_of
 from vllm_disagg.launcher.machine import free_ports
@@ -33,6 +33,7 @@ from vllm_disagg.profiles import load_profile
 
 SHAPE = LoadShape(prompt_tokens=(64, 768), output_tokens=(32, 128), token_ids=(300, 2000))
 REST_S = 1.0
+STOLEN, TRIES = 0.02, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +46,15 @@ class Result:
     tpot_s: tuple[float, ...]
     errors: tuple[str, ...]
     late: float
-    """How much longer than the device's time the steps took from launch to launch, as a share of it."""
+    """`host_ms` as a share of the device's time for a step."""
     host_ms: float
-    """The same per step, in milliseconds of the host."""
+    """What passed from launch to launch beyond the device's time, median of all steps, milliseconds of the host."""
     sent_late_s: float
     """The most by which the load generator was late, converted."""
     busy: float
     """Share of the used cores' time that was spent on anything."""
+    stolen: float
+    """Share of it that the hypervisor gave to others."""
 
 
 @contextmanager
@@ -100,12 +103,22 @@ async def loads(servers: Sequence[EmulatedEngine], dilation: float, options: arg
     return [times for of_server in answers for times in of_server]
 
 
+def quietest(number: int, dilation: float, options: argparse.Namespace, folder: Path) -> Result:
+    """Of a few tries the one from which the hypervisor took least."""
+    tries: list[Result] = []
+    while len(tries) < TRIES and not (tries and tries[-1].stolen <= STOLEN):
+        place = folder / str(len(tries))
+        place.mkdir()
+        tries.append(measure(number, dilation, options, place))
+    return min(tries, key=lambda result: result.stolen)
+
+
 def measure(number: int, dilation: float, options: argparse.Namespace, folder: Path) -> Result:
     """One dilation."""
     latency = load_profile(options.profile).entry(1).latency
     with engines(number, dilation, options, folder) as servers:
         before = [len(read_steps(Path(server.env[STEPS_ENV]))) for server in servers]
-        start_s, busy_s = time.perf_counter(), busy_seconds(options.cores)
+        stolen, start_s, busy_s = Stolen(options.cores), time.perf_counter(), busy_seconds(options.cores)
         times = asyncio.run(loads(servers, dilation, options))
         wall_s, busy_s = time.perf_counter() - start_s, busy_seconds(options.cores) - busy_s
         time.sleep(REST_S)
@@ -114,7 +127,7 @@ def measure(number: int, dilation: float, options: argparse.Namespace, folder: P
             for server, first in zip(servers, before, strict=True)
         ]
     answered = [item for item in times if not item.error]
-    device_s, extra_s, num_steps = (sum(column) for column in zip(*late, strict=True))
+    device_s, extra_s = (float(np.median(np.concatenate(column))) for column in zip(*late, strict=True))
     return Result(
         num_engines=number,
         dilation=dilation,
@@ -122,20 +135,18 @@ def measure(number: int, dilation: float, options: argparse.Namespace, folder: P
         tpot_s=tuple(item.tpot_s / dilation for item in answered),
         errors=tuple(item.error for item in times if item.error),
         late=extra_s / device_s,
-        host_ms=extra_s / num_steps * 1e3,
+        host_ms=extra_s * 1e3,
         sent_late_s=max(item.sent_late_s for item in times) / dilation,
         busy=busy_s / (wall_s * len(options.cores)),
+        stolen=stolen.share(),
     )
 
 
-def _late(path: Path, first: int, latency: LatencyModel, dilation: float) -> tuple[float, float, int]:
-    """Device seconds of the steps that another followed at once, what they took beyond these, and their number."""
-    device_s = extra_s = 0.0
+def _late(path: Path, first: int, latency: LatencyModel, dilation: float) -> tuple[list[float], list[float]]:
+    """Of the steps that another followed at once: device seconds, and what they took beyond these."""
     cycles = cycles_s(read_steps(path)[first:])
-    for step, cycle_s in cycles:
-        own_s = dilation * latency.step_s(work_of(step.requests))
-        device_s, extra_s = device_s + own_s, extra_s + cycle_s - own_s
-    return device_s, extra_s, len(cycles)
+    device_s = [dilation * latency.step_s(work_of(step.requests)) for step, _ in cycles]
+    return device_s, [cycle_s - own_s for (_, cycle_s), own_s in zip(cycles, device_s, strict=True)]
 
 
 Figure = Callable[[Result], float]
@@ -173,7 +184,7 @@ def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
                 f"{figure(result):.1f} ({figure(result) / figure(highest[result.num_engines]) - 1:+.1%})"
                 for figure in FIGURES.values()
             ),
-            f"{result.host_ms:.2f}", f"{result.late:.1%}", f"{result.busy:.0%}",
+            f"{result.host_ms:.2f}", f"{result.late:.1%}", f"{result.busy:.0%}", f"{result.stolen:.1%}",
         )
         for result in results
     ]  # fmt: skip
@@ -194,7 +205,7 @@ def verdicts(results: Sequence[Result]) -> str:
 
 HEAD = (
     "engines", "k", "requests", "failed", *(f"{name}, ms" for name in FIGURES), "host per step, ms", "of device time",
-    "cores busy",
+    "cores busy", "stolen",
 )  # fmt: skip
 
 
@@ -209,7 +220,9 @@ def report(results: Sequence[Result], options: argparse.Namespace, found: dict[s
         f"{options.seed}\n\n"
         "Emulated. Times are divided by k; in brackets the difference to the highest k with as many engines. Host per\n"
         "step: what passed from a step's launch to the next one's beyond the device's own time, where the engine had\n"
-        f"work all the while.\n\n{table(HEAD, rows(results))}\n\n"
+        "work all the while; the median, and its share of a step on the device. A run of which the hypervisor stole\n"
+        f"more than {STOLEN:.0%} was repeated, up to {TRIES} runs in all; the least disturbed one is shown.\n\n"
+        f"{table(HEAD, rows(results))}\n\n"
         f"Every figure is within {AGREE:.0%} of the highest dilation's:\n\n{verdicts(results)}\n"
     )
 
@@ -251,7 +264,7 @@ def main() -> None:
             for dilation in options.dilations:
                 place = Path(folder) / f"{number}-{dilation:g}"
                 place.mkdir()
-                results.append(measure(number, dilation, options, place))
+                results.append(quietest(number, dilation, options, place))
                 print(
                     rows(results)[-1], f"load generator at most {results[-1].sent_late_s * 1e3:.1f} ms late", flush=True
                 )

@@ -33,10 +33,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from benchmarks.load import LoadShape, Request, Times, drive, poisson
-from benchmarks.machine import OtherLoad, fact_list, facts, table
+from benchmarks.machine import OtherLoad, Stolen, fact_list, facts, table
 from benchmarks.step_fit import fit, jitter, residuals
 from tests.e2e.engines import Server
 from vllm_disagg.core.latency import LatencyModel, work_of
@@ -259,24 +258,6 @@ def set_pace(file: Path, factor: float) -> None:
     draft = file.with_suffix(".draft")
     draft.write_text(json.dumps({"faults": [{"kind": "slow", "factor": factor}]}))
     draft.rename(file)
-
-
-class Stolen:
-    """What the hypervisor takes of some cores from now on."""
-
-    def __init__(self, cores: Sequence[int]) -> None:
-        self._cores = cores
-        self._before = self._sums()
-
-    def share(self) -> float:
-        """Of their time."""
-        stolen, total = (after - before for before, after in zip(self._before, self._sums(), strict=True))
-        return stolen / total if total else 0.0
-
-    def _sums(self) -> tuple[float, float]:
-        per_core = psutil.cpu_times(percpu=True)
-        times = [per_core[core] for core in self._cores]
-        return sum(item.steal for item in times), sum(sum(item[:8]) for item in times)
 
 
 def progress_line(run: Run) -> str:

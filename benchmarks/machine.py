@@ -37,6 +37,24 @@ class OtherLoad:
         return f"the machine's {len(others)} other cores were {statistics.mean(busy):.0%} busy with other work"
 
 
+class Stolen:
+    """What the hypervisor takes of some cores from now on."""
+
+    def __init__(self, cores: Sequence[int]) -> None:
+        self._cores = cores
+        self._before = self._sums()
+
+    def share(self) -> float:
+        """Of their time."""
+        stolen, total = (after - before for before, after in zip(self._before, self._sums(), strict=True))
+        return stolen / total if total else 0.0
+
+    def _sums(self) -> tuple[float, float]:
+        per_core = psutil.cpu_times(percpu=True)
+        times = [per_core[core] for core in self._cores]
+        return sum(item.steal for item in times), sum(sum(item[:8]) for item in times)
+
+
 def busy_and_idle_s(times: Any) -> tuple[float, float]:
     """Seconds in which a core, as psutil describes it, has worked and has not. Guest time is in user time already."""
     busy_s = sum(getattr(times, name) for name in ("user", "nice", "system", "irq", "softirq"))
