@@ -55,9 +55,9 @@ class System:
 
 
 SYSTEMS = (
-    System(name="colocated", prefill=0, decode=1, rates=(0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5)),
-    System(name="split 2P1D", prefill=2, decode=1, rates=(0.5, 1.0, 1.25, 1.5, 2.0, 2.5)),
-    System(name="split 1P(TP2) 1D", prefill=1, prefill_tp=2, decode=1, rates=(0.5, 1.0, 1.25, 1.5, 2.0, 2.5)),
+    System(name="colocated", prefill=0, decode=1, rates=(1.0, 1.5, 2.0, 2.5, 3.0, 3.5)),
+    System(name="split 2P1D", prefill=2, decode=1, rates=(1.0, 1.25, 1.5, 2.0, 2.5)),
+    System(name="split 1P(TP2) 1D", prefill=1, prefill_tp=2, decode=1, rates=(1.0, 1.25, 1.5, 2.0, 2.5)),
 )
 """The last is the paper's placement of this model (Table 3). All use one GPU per TP rank."""
 
@@ -145,6 +145,8 @@ async def run_cell(
         warm = requests_of(system, 4.0, options, 12345)[: 2 * system.num_gpus]
         await drive([url], warm, timeout_s=options.timeout_s)
         times = await drive([url], requests_of(system, rate_per_gpu, options, seed), timeout_s=options.timeout_s)
+    for error in sorted({one.error for one in times if one.error}):
+        print(f"{system.name} {rate_per_gpu:g}/s/GPU seed {seed}: {error}", flush=True)
     late = await asyncio.to_thread(late_steps, folder)
     return judged(system, rate_per_gpu, seed, times, late, options)
 
