@@ -93,7 +93,8 @@ def poisson(shape: LoadShape, *, rate_per_s: float, seconds: float, seed: Sequen
 
 async def drive(urls: Sequence[str], requests: Sequence[Request], *, timeout_s: float = TIMEOUT_S) -> list[Times]:
     """Send each request when it is due, to the servers in turn, and wait for all of them."""
-    connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=timeout_s)
+    # Servers close connections that were idle for 5 s, and a request that meets that fails.
+    connector, timeout = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0), aiohttp.ClientTimeout(total=timeout_s)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
         start_s = time.perf_counter() + 0.1
         urls_in_turn = [urls[index % len(urls)] for index in range(len(requests))]
