@@ -233,6 +233,36 @@ def test_a_peer_frozen_while_connecting_is_read_later_from_the_same_descriptor(
     assert peer.ask()
 
 
+@pytest.mark.parametrize("link", [NCCL], ids=["nccl"])
+@pytest.mark.parametrize("ending", ["cancelled", "disconnected", "closed"])
+def test_a_thawed_owner_survives_a_reader_that_has_gone_with_requests_unanswered(
+    made: Rig, start_peer: StartPeer, link: Link, ending: str
+) -> None:
+    """What NIXL over UCX's emulated reads does not, see docs/transport.md."""
+    peer = start_peer("survivor", 64)
+    memory = Memory(peer.num_bytes)
+    reader = made.agent(memory).transport
+    name = warm_up(reader, memory, peer)
+    handle = read_all(reader, memory, name, peer)
+    run_until(lambda: bool(memory.data[-1024:].any()), reader)
+    peer.stop()
+    if ending == "cancelled":
+        reader.cancel(handle)
+    elif ending == "disconnected":
+        reader.disconnect(name)
+    else:
+        reader.close()
+    assert [outcome.state for outcome in finish(reader)] == ["cancelled" if ending == "cancelled" else "failed"]
+
+    peer.go_on()
+
+    other = made.agent(memory).transport
+    read_all(other, memory, other.connect(peer.descriptor), peer)
+    assert [outcome.state for outcome in finish(other)] == ["done"]
+    assert (memory.data == expected(peer).data).all()
+    assert peer.ask()
+
+
 @TWO_SIDED
 def test_a_frozen_peer_does_not_hold_up_another(made: Rig, start_peer: StartPeer, link: Link) -> None:
     frozen, lively = start_peer("stuck", 4), start_peer("lively", 4, NIXL if link is NIXL_TCP else link)
