@@ -10,6 +10,7 @@ from vllm_disagg.demo import model
 from vllm_disagg.demo.compare import Answer, Comparison, parse_counters, parse_server_timing
 from vllm_disagg.demo.run import describe
 from vllm_disagg.errors import ConfigError
+from vllm_disagg.folders import prepared_folder
 
 
 def make_comparison(*, split: tuple[int, ...], undivided: tuple[int, ...], num_kv_tokens: int = 37) -> Comparison:
@@ -61,11 +62,11 @@ def test_a_model_is_written_once_and_never_half(tmp_path: Path) -> None:
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        model._prepared(tmp_path / "model", write)
+        prepared_folder(tmp_path / "model", write)
     assert list(tmp_path.iterdir()) == []
 
     for _ in range(2):
-        assert model._prepared(tmp_path / "model", write) == tmp_path / "model"
+        assert prepared_folder(tmp_path / "model", write) == tmp_path / "model"
     assert len(written) == 2
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model"]
 
