@@ -241,10 +241,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=10.0, help="of arrivals, on the device's clock (default: 10)")
     parser.add_argument("--requests", type=int, default=100, help="at least so many, over all engines (default: 100)")
     parser.add_argument("--seed", type=int, default=1, help="of the loads (default: 1)")
+    parser.add_argument("--beside", type=Path, help="PATH.json of an earlier run whose results to show as well")
     parser.add_argument("--out", type=Path, help="write PATH.md and PATH.json")
     options = parser.parse_args()
     options.cores = tuple(sorted(os.sched_getaffinity(0)))
     return options
+
+
+def earlier(path: Path) -> list[Result]:
+    """What another run has written, with the same loads."""
+    return [Result(**result) for result in json.loads(path.read_text())["results"]]
 
 
 def _whole(text: str) -> tuple[int, ...]:
@@ -258,7 +264,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 def main() -> None:
     """Measure, print, and write the result if asked to."""
     options = parse()
-    results: list[Result] = []
+    results = earlier(options.beside) if options.beside else []
     with OtherLoad() as other_load, tempfile.TemporaryDirectory() as folder:
         for number in options.engines:
             for dilation in options.dilations:
@@ -269,6 +275,7 @@ def main() -> None:
                     rows(results)[-1], f"load generator at most {results[-1].sent_late_s * 1e3:.1f} ms late", flush=True
                 )
     found = facts("benchmarks.emulation_dilation", other_load)
+    results.sort(key=lambda result: (result.num_engines, result.dilation))
     text = report(results, options, found)
     print(text)
     if options.out is not None:
