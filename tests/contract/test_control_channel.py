@@ -476,7 +476,7 @@ def test_both_ends_sleep_when_nothing_happens() -> None:
         begun_s = time.monotonic()
         eventually(lambda: time.monotonic() - begun_s > 1.0, "a second")
 
-        assert time.process_time() - before_s < 0.1
+        assert time.process_time() - before_s < 0.3  # one that spins uses all the time it gets
 
 
 def test_a_read_that_ends_before_its_order_was_looked_at_is_not_lost() -> None:
