@@ -194,7 +194,8 @@ def test_the_death_of_an_emulated_engine_is_reported_and_it_is_started_again(tmp
 
 
 def test_a_decode_engine_of_another_dtype_is_refused(tmp_path: Path) -> None:
-    with up(tmp_path, "--prefill-arg=--dtype=float32", "--decode-arg=--dtype=bfloat16") as running:
+    asked = ("--emulate", "tiny", "--prefill-arg=--dtype=float32", "--decode-arg=--dtype=bfloat16")
+    with up(tmp_path, *asked, model="tiny") as running:
         assert running.process.wait(START_S) == 2
 
         errors = [line for line in running.output.splitlines() if line.startswith("error: ")]
@@ -206,7 +207,7 @@ def test_a_decode_engine_of_another_dtype_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_argument_vllm_refuses_is_reported(tmp_path: Path) -> None:
-    with up(tmp_path, "--decode-arg=--no-such-flag") as running:
+    with up(tmp_path, "--emulate", "tiny", "--decode-arg=--no-such-flag", model="tiny") as running:
         assert running.process.wait(START_S) == 1
 
         assert "decode-0 ended with exit status 2 while starting" in running.output
