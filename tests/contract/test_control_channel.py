@@ -40,7 +40,7 @@ KEYS = curve_keys(b"k" * 32)
 STRANGER = curve_keys(b"s" * 32)
 FINGERPRINT = {"model": "llama", "dtype": "float32"}
 BLOCKS = ((4, 5),)
-WAIT_S = 5.0
+WAIT_S = 15.0
 
 
 def free_port() -> int:

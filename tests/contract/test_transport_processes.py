@@ -110,7 +110,7 @@ class PeerProcess:
         stdout = self._process.stdout
         assert stdout is not None
         while True:
-            ready, _, _ = select.select([stdout], [], [], 20.0)
+            ready, _, _ = select.select([stdout], [], [], 60.0)
             assert ready, "the peer process does not answer"
             line = stdout.readline()
             if not line or line.startswith(ANSWER):
