@@ -58,8 +58,17 @@ BURSTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 1, 2, 3, 4, 5, 6, 8, 
 BURST_SHARES = 9
 """A profiling load is this part of them."""
 
+SHARES = (0.55, 0.7, 0.85)
+"""The compared rates, of the capacity: below, at and above the knee, from where requests queue for each other."""
+
 WINDOW_S = 1.0
 """Over which the real device's pace is measured."""
+
+LONE_PROMPTS = (8, 24, 40, 56, 72, 88, 104, 120, 144, 176, 240, 320)
+"""Tokens of prompts that each profiling load sends one after the other: the only steps that compute a prompt alone."""
+
+CAPACITY_REQUESTS = 60
+"""Sent within a second to see how many requests per second the real engine can answer."""
 
 BURST_SPACING_S = 0.15
 """Mean time between the requests of a burst: some come while others are computed, so that there are mixed steps."""
@@ -93,6 +102,8 @@ class Result:
     """All that was measured, and the profile that came of it."""
 
     runs: Sequence[Run]
+    capacity_per_s: float
+    """Requests per second that the real engine answered when they came at once."""
     left_out: int
     """Runs of the real engine that met a frozen machine."""
     profiling: Sequence[RecordedStep]
@@ -143,19 +154,36 @@ async def warm_up(server: Server) -> None:
 
 
 async def profiling_load(server: Server, sizes: Sequence[int], seed: Sequence[int]) -> None:
-    """Bursts of these sizes, each until its last answer."""
+    """Prompts one by one, then bursts of these sizes, each until its last answer."""
     random = np.random.default_rng(list(seed))
-    for size in sizes:
-        requests = [
-            Request(
-                at_s=float(random.uniform(0, BURST_SPACING_S * size)),
-                prompt=tuple(random.integers(*PROFILING.token_ids, random.integers(*PROFILING.prompt_tokens)).tolist()),
-                num_output_tokens=int(random.integers(*PROFILING.output_tokens)),
+
+    def request(num_prompt_tokens: int, num_output_tokens: int, at_s: float = 0.0) -> Request:
+        prompt = tuple(random.integers(*PROFILING.token_ids, num_prompt_tokens).tolist())
+        return Request(at_s=at_s, prompt=prompt, num_output_tokens=num_output_tokens)
+
+    loads = [[request(num_tokens, 2)] for num_tokens in random.permutation(LONE_PROMPTS).tolist()] + [
+        [
+            request(
+                int(random.integers(*PROFILING.prompt_tokens)),
+                int(random.integers(*PROFILING.output_tokens)),
+                float(random.uniform(0, BURST_SPACING_S * size)),
             )
             for _ in range(size)
         ]
+        for size in sizes
+    ]
+    for requests in loads:
         for times in await drive([server.url], requests):
             assert not times.error, f"{server.name}: {times.error}"
+
+
+async def capacity_per_s(server: Server) -> float:
+    """Requests per second that the engine answers when many of the compared shape come at once."""
+    requests = poisson(SHAPE, rate_per_s=CAPACITY_REQUESTS, seconds=1.0, seed=(0, 1))
+    start_s = time.monotonic()
+    for times in await drive([server.url], requests):
+        assert not times.error, f"{server.name}: {times.error}"
+    return len(requests) / (time.monotonic() - start_s)
 
 
 class Log:
@@ -274,21 +302,25 @@ class Measured:
 
     runs: Sequence[Run]
     profiling: Sequence[RecordedStep]
+    capacity_per_s: float
 
 
 def measure_real(options: argparse.Namespace, folder: Path) -> Measured:
-    """Profiling and compared loads in turn."""
+    """The capacity, the rates where they are not given, and then profiling and compared loads in turn."""
     runs: list[Run] = []
     profiling: list[RecordedStep] = []
     flags = (BACKEND, "vllm_disagg.profiler.recorder.RecordingExecutor")
     with engine(REAL, flags, folder, options.cores) as server:
         log = Log(server)
+        capacity = asyncio.run(capacity_per_s(server))
+        print(f"{REAL}: answers {capacity:.2f} requests/s when they come at once", flush=True)
+        options.rates = options.rates or tuple(round(share * capacity, 2) for share in SHARES)
         for index, load in enumerate(compared_loads(options)):
             log.new()
             asyncio.run(profiling_load(server, BURSTS[index % BURST_SHARES :: BURST_SHARES], (options.seed, 7, index)))
             profiling += log.new()
             runs.append(asyncio.run(compare(server, log, load, options.cores, engine=REAL)))
-    return Measured(runs=runs, profiling=profiling)
+    return Measured(runs=runs, profiling=profiling, capacity_per_s=capacity)
 
 
 def undisturbed(measured: Measured) -> list[Run]:
@@ -317,7 +349,13 @@ def emulate(measured: Measured, options: argparse.Namespace, folder: Path) -> Re
             runs.append(asyncio.run(compare(server, log, load, options.cores, engine=EMULATED)))
     left_out = len(measured.runs) - len(undisturbed(measured))
     return Result(
-        runs=runs, left_out=left_out, profiling=measured.profiling, latency=latency, jitter=noise, profile=profile
+        runs=runs,
+        capacity_per_s=measured.capacity_per_s,
+        left_out=left_out,
+        profiling=measured.profiling,
+        latency=latency,
+        jitter=noise,
+        profile=profile,
     )
 
 
@@ -474,6 +512,8 @@ def report(result: Result, options: argparse.Namespace, found: dict[str, str]) -
         f"prompts of {SHAPE.prompt_tokens[0]}-{SHAPE.prompt_tokens[1]} random tokens, {SHAPE.output_tokens[0]}-"
         f"{SHAPE.output_tokens[1]} output tokens, seed {options.seed}; the same requests in every repetition and "
         "on every engine\n"
+        f"- capacity: {result.capacity_per_s:.2f} requests/s when they come at once; the rates are "
+        f"{', '.join(f'{rate / result.capacity_per_s:.0%}' for rate in options.rates)} of it\n"
         f"- profile: {len(result.profiling)} steps of the real engine under other loads, between the compared ones; "
         f"jitter {result.jitter:.3f}, as the spread from each of them to the next\n"
         f"- left out: {result.left_out} of {result.left_out + len(of_engine(result.runs, REAL))} runs of the real "
@@ -511,7 +551,7 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--rates", type=_rates, default=(1.2, 1.8, 2.4), help="requests per second: 1.2,1.8,2.4")
+    parser.add_argument("--rates", type=_rates, help="requests per second, as 1.2,1.8,2.4 (default: shares of what the engine can)")
     parser.add_argument("--requests", type=int, default=35, help="about how many per run (default: 35)")
     parser.add_argument("--blocks", type=int, default=3, help="different loads of each rate (default: 3)")
     parser.add_argument("--repetitions", type=int, default=2, help="of each load on each engine (default: 2)")
@@ -539,6 +579,7 @@ def main() -> None:
         os.sched_setaffinity(0, {options.cores[-1]})
         if options.real:
             measured: Measured = pickle.loads(options.real.read_bytes())
+            options.rates = tuple(sorted({run.rate_per_s for run in measured.runs}))
         else:
             measured = measure_real(options, folder)
             (folder / "real.pickle").write_bytes(pickle.dumps(measured))

@@ -29,9 +29,9 @@ _VALUES: Final[Mapping[str, Callable[[StepWork], float]]] = {
     "per_context_s": lambda work: work.decode_context,
 }
 LIMITS: Final[Mapping[Phase, tuple[float, ...]]] = {
-    "prefill": (math.inf,),
+    "prefill": (64, math.inf),
     "decode": (1, 4, 16, math.inf),
-    "mixed": (math.inf,),
+    "mixed": (128, math.inf),
 }
 """Largest size of each regime: decoding requests, or new tokens."""
 
