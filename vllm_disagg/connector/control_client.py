@@ -403,8 +403,10 @@ class DecodeControl:
             by_engine.setdefault(pull.engine_id, []).append(pull.transfer_id)
         for engine_id, transfer_ids in by_engine.items():
             peer = self._peers.get(engine_id)
-            if peer is not None:
-                peer.send(messages.encode(Renew(engine_id=engine_id, transfer_ids=tuple(transfer_ids))))
+            if peer is None:
+                continue
+            for part in _parts(transfer_ids, messages.RENEWALS_PER_FRAME):
+                peer.send(messages.encode(Renew(engine_id=engine_id, transfer_ids=part)))
         self._renew_at_s = now_s + min(pull.renew_interval_s for pull in wanted) if wanted else None
 
     def _forget_old_peers(self, now_s: float) -> None:
@@ -436,3 +438,9 @@ def _frames(socket: zmq.Socket[Any]) -> Iterator[list[bytes]]:
             yield socket.recv_multipart(zmq.NOBLOCK)
         except (zmq.Again, zmq.ZMQError):
             return
+
+
+def _parts(items: Sequence[TransferId], size: int) -> Iterator[tuple[TransferId, ...]]:
+    """Consecutive parts of at most that many items."""
+    for first in range(0, len(items), size):
+        yield tuple(items[first : first + size])

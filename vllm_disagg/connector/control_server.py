@@ -43,6 +43,10 @@ logger = logging.getLogger(__name__)
 HANDSHAKE_GRACE_S = 5.0
 """How long workers serve peers after a handshake, so that connections come up before the first read."""
 
+MAX_REQUEST_BYTES = 256 * 1024
+"""The longest frame that prefill receives, from strangers too: a greeting has some 2 KiB, a renewal 33 bytes for each
+transfer (`messages.RENEWALS_PER_FRAME`)."""
+
 _MAX_FRAMES_PER_TURN = 256
 
 
@@ -79,7 +83,7 @@ class PrefillControl:
         self.num_bad_frames = 0
         self._context: zmq.Context[Any] = zmq.Context()
         self._authenticator = start_authenticator(self._context, keys)
-        self._router = server_socket(self._context, zmq.ROUTER, keys)
+        self._router = server_socket(self._context, zmq.ROUTER, keys, max_frame_bytes=MAX_REQUEST_BYTES)
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         try:
             self._router.bind(address)

@@ -15,6 +15,9 @@ from vllm_disagg.transport.layout import RankLayout
 
 PROTOCOL_VERSION = 2
 
+RENEWALS_PER_FRAME = 4096
+"""Transfers in one `Renew`, so that it stays far below what prefill receives."""
+
 M = TypeVar("M")
 
 

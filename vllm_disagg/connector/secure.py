@@ -19,6 +19,15 @@ from vllm_disagg.core.keys import derive
 logger = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = 16 * 1024 * 1024
+"""The longest frame that is received; the descriptors of an engine's ranks travel in one."""
+
+HANDSHAKE_S = 3.0
+"""How long a connection may take to prove that it holds the deployment key. Whoever does not is put out."""
+
+_BACKLOG = 1024
+"""Connections that may wait to be accepted. With ZeroMQ's own 100, a crowd of strangers makes the kernel drop the
+greeting of a real peer, which then waits a second before it tries again."""
+
 _CLOSE_LINGER_MS = 100
 
 
@@ -66,9 +75,14 @@ def start_authenticator(context: zmq.Context[Any], keys: CurveKeys) -> ThreadAut
     return authenticator
 
 
-def server_socket(context: zmq.Context[Any], kind: int, keys: CurveKeys) -> zmq.Socket[Any]:
-    """A socket to bind: refuses peers without the deployment key and oversized frames."""
-    socket = _socket(context, kind)
+def server_socket(
+    context: zmq.Context[Any], kind: int, keys: CurveKeys, *, max_frame_bytes: int = MAX_FRAME_BYTES
+) -> zmq.Socket[Any]:
+    """A socket to bind: refuses peers without the deployment key, those that do not prove within `HANDSHAKE_S` that
+    they hold it, and frames above `max_frame_bytes`, which holds before the proof too."""
+    socket = _socket(context, kind, max_frame_bytes)
+    socket.handshake_ivl = int(HANDSHAKE_S * 1000)
+    socket.backlog = _BACKLOG
     socket.curve_server = True
     socket.curve_publickey = keys.server_public
     socket.curve_secretkey = keys.server_secret
@@ -77,7 +91,7 @@ def server_socket(context: zmq.Context[Any], kind: int, keys: CurveKeys) -> zmq.
 
 def client_socket(context: zmq.Context[Any], kind: int, keys: CurveKeys) -> Any:
     """A socket to connect: speaks only to a server that holds the deployment key."""
-    socket = _socket(context, kind)
+    socket = _socket(context, kind, MAX_FRAME_BYTES)
     socket.curve_serverkey = keys.server_public
     socket.curve_publickey = keys.client_public
     socket.curve_secretkey = keys.client_secret
@@ -94,11 +108,11 @@ def send_now(socket: Any, *frames: bytes) -> bool:
     return True
 
 
-def _socket(context: zmq.Context[Any], kind: int) -> zmq.Socket[Any]:
+def _socket(context: zmq.Context[Any], kind: int, max_frame_bytes: int) -> zmq.Socket[Any]:
     socket: zmq.Socket[Any] = context.socket(kind)
     socket.linger = _CLOSE_LINGER_MS
     socket.sndhwm = 0  # what we say is small and must not be lost while the other side is busy
     socket.tcp_keepalive = 1  # a host that vanishes without a word is noticed after a minute, by the kernel
     socket.tcp_keepalive_idle, socket.tcp_keepalive_intvl, socket.tcp_keepalive_cnt = 30, 10, 3
-    socket.maxmsgsize = MAX_FRAME_BYTES
+    socket.maxmsgsize = max_frame_bytes
     return socket
