@@ -127,12 +127,19 @@ class Prefill:
 class Decode:
     """A decode engine's scheduler half, without the engine."""
 
-    def __init__(self, *, pull_timeout_s: float = 10.0, ranks: int = 1) -> None:
-        self.workers = [Worker() for _ in range(ranks)]
+    def __init__(
+        self,
+        *,
+        pull_timeout_s: float = 10.0,
+        ranks: int = 1,
+        fingerprint: dict[str, str] | None = None,
+        keys: CurveKeys = KEYS,
+    ) -> None:
+        self.workers = [Worker(keys) for _ in range(ranks)]
         self.reports: list[Any] = []
         self.control = DecodeControl(
-            keys=KEYS,
-            fingerprint=FINGERPRINT,
+            keys=keys,
+            fingerprint=fingerprint or FINGERPRINT,
             worker_links=[worker.endpoint for worker in self.workers],
             pull_timeout_s=pull_timeout_s,
             on_report=lambda: None,

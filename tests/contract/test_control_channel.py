@@ -24,9 +24,14 @@ from vllm_disagg.connector.messages import (
 )
 from vllm_disagg.connector.pull import Drained, Settled
 from vllm_disagg.connector.secure import client_socket
+from vllm_disagg.connector.tally import LATE_READS, MAX_LABELS, OTHER, Tally
 from vllm_disagg.core.handoff import Handoff
 from vllm_disagg.core.types import EngineId, TransferId, new_transfer_id
 from vllm_disagg.errors import ConfigError
+
+
+def changed(handoff: Handoff, **fields: Any) -> Handoff:
+    return Handoff(**{**{field: getattr(handoff, field) for field in handoff.__struct_fields__}, **fields})
 
 
 def test_a_read_is_received_only_after_prefill_has_confirmed_the_hold() -> None:
@@ -75,6 +80,21 @@ def test_data_of_an_expired_lease_is_dropped() -> None:
         settled: Settled = decode.report(Settled)
 
         assert (settled.result, settled.cause) == ("failed", "lease_expired")
+
+
+def test_a_read_that_ends_after_the_lease_is_dropped_and_counted() -> None:
+    prefill, decode = Prefill(lease_s=0.2), Decode()
+    with engines(decode, prefill):
+        handoff = changed(prefill.hold(), lease_s=600.0)  # decode renews it too late
+        decode.pair_with(handoff)
+        decode.expect(handoff)
+        eventually(lambda: len(prefill.holds) == 0, "expiry")
+        decode.read_ends(handoff.transfer_id)
+
+        settled: Settled = decode.report(Settled)
+
+        assert (settled.result, settled.cause) == ("failed", "lease_expired")
+        assert decode.control.tally.take() == {(LATE_READS, ""): 1}
 
 
 def test_renewals_keep_a_lease_alive_while_decode_waits() -> None:
@@ -196,8 +216,7 @@ def test_one_worker_that_cannot_read_is_enough_to_give_a_prefill_up(
 def test_an_engine_restarted_on_the_same_port_is_not_taken_for_the_old_one() -> None:
     prefill, decode = Prefill(), Decode()
     with engines(decode, prefill):
-        stale = prefill.hold()
-        stale = Handoff(**{**{f: getattr(stale, f) for f in stale.__struct_fields__}, "engine_id": EngineId("earlier")})
+        stale = changed(prefill.hold(), engine_id=EngineId("earlier"))
         decode.control.announce(stale)
 
         eventually(lambda: decode.control.peer_phase(stale.engine_id) == "failed", "refusal")
@@ -223,13 +242,7 @@ def test_a_prefill_that_dies_fails_its_pulls_at_once_and_the_next_one_pairs() ->
 def test_an_address_where_nobody_listens_costs_the_handshake_time_only() -> None:
     prefill, decode = Prefill(), Decode()
     with engines(decode, prefill):
-        handoff = prefill.hold()
-        handoff = Handoff(
-            **{
-                **{f: getattr(handoff, f) for f in handoff.__struct_fields__},
-                "control": f"tcp://127.0.0.1:{free_port()}",
-            }
-        )
+        handoff = changed(prefill.hold(), control=f"tcp://127.0.0.1:{free_port()}")
         decode.control.announce(handoff)
         begun_s = time.monotonic()
         while decode.control.peer_phase(handoff.engine_id) != "failed":
@@ -402,3 +415,81 @@ def test_the_first_renewal_comes_at_once() -> None:
         assert handoff.transfer_id in prefill.holds._table
         for item in (paired, handoff):
             decode.control.forget(item.transfer_id)
+
+
+# What does not fit is refused when the engines meet.
+
+FITTING = {
+    "vllm version": "0.32.0", "model": "LlamaForCausalLM 1a", "dtype": "float32", "kv cache dtype": "auto",
+    "block size": "32", "kv heads": "3", "head size": "64", "layers": "30", "speculative config": "none",
+    "weights": "2b", "kv transport": "nixl", "instruction set": "amx", "kv cache layout": "LBHNC 3c",
+}  # fmt: skip
+MISFITS = {
+    "vllm version": "0.33.0", "model": "LlamaForCausalLM 1b", "dtype": "bfloat16", "kv cache dtype": "fp8",
+    "block size": "16", "kv heads": "4", "head size": "128", "layers": "16", "speculative config": "eagle x",
+    "weights": "2c", "kv transport": "nccl", "instruction set": "vec", "kv cache layout": "LBNHC 3c",
+    "vllm_disagg protocol": "1",
+}  # fmt: skip
+
+
+def refusals(control: Any) -> dict[str, float]:
+    return {label: amount for (_, label), amount in control.tally.take().items()}
+
+
+@pytest.mark.parametrize(("factor", "value"), MISFITS.items(), ids=lambda text: text.replace(" ", "-"))
+def test_each_misfit_is_refused_at_once_by_name_on_both_sides_and_harms_nobody(
+    factor: str, value: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    misfit, prefill = Prefill(fingerprint={**FITTING, factor: value}), Prefill(fingerprint=FITTING)
+    decode, other = Decode(fingerprint=FITTING), Decode(fingerprint={**FITTING, factor: value})
+    with engines(decode, misfit, prefill), engines(other):
+        decode.pair_with(kept := prefill.hold())
+        begun_s = time.monotonic()
+        decode.control.announce(refused := misfit.hold())
+        eventually(lambda: decode.control.peer_phase(refused.engine_id) == "failed", "refusal")
+        refused_s = time.monotonic() - begun_s
+        print(f"{factor}: refused in {1000 * refused_s:.1f} ms")
+
+        assert refused_s < 5.0  # some milliseconds; the machine may freeze for a second
+        assert decode.control.peer_cause(refused.engine_id) == "incompatible"
+        ours = FITTING.get(factor, str(messages.PROTOCOL_VERSION))
+        assert f"{factor} is {value!r} here and {ours!r} at the peer" in caplog.text  # prefill's words
+        assert f"{factor} is {value!r} on prefill and {ours!r} on decode" in caplog.text
+        assert refusals(decode.control) == refusals(misfit.control) == {factor: 1}
+
+        decode.expect(kept)  # the decode engine still reads from those that fit
+        decode.read_ends(kept.transfer_id)
+        assert decode.report(Settled).result == "received"
+        if factor in FITTING:  # and the misfit still serves its own kind
+            other.pair_with(misfit.hold())
+
+
+def test_another_deployment_key_is_refused_at_once_on_both_sides(caplog: pytest.LogCaptureFixture) -> None:
+    prefill, decode, stranger = Prefill(), Decode(), Decode(keys=STRANGER)
+    with engines(decode, prefill), engines(stranger):
+        handoff = prefill.hold()
+        begun_s = time.monotonic()
+        stranger.control.announce(handoff)
+        eventually(lambda: stranger.control.peer_phase(handoff.engine_id) == "failed", "refusal")
+        print(f"deployment key: refused in {1000 * (time.monotonic() - begun_s):.1f} ms")
+
+        assert time.monotonic() - begun_s < 5.0
+        assert stranger.control.peer_cause(handoff.engine_id) == "incompatible"
+        assert "the deployment key differs" in caplog.text
+        assert refusals(stranger.control) == {"deployment key": 1}
+        eventually(lambda: "without this deployment's key" in caplog.text, "prefill's line")
+        assert refusals(prefill.control) == {"deployment key": 1}
+
+        decode.pair_with(handoff)
+
+
+def test_what_a_peer_says_adds_only_so_many_series() -> None:
+    tally = Tally()
+    for number in range(MAX_LABELS + 10):
+        tally.add("metric", f"label {number}")
+
+    taken = tally.take()
+
+    assert len(taken) == MAX_LABELS + 1
+    assert taken["metric", OTHER] == 10
+    assert tally.take() == {}

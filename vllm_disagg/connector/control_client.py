@@ -39,6 +39,15 @@ from vllm_disagg.connector.messages import (
 from vllm_disagg.connector.peers import Peer, PeerPhase
 from vllm_disagg.connector.pull import Drained, Pull, Result, Settled
 from vllm_disagg.connector.secure import CurveKeys, client_socket, send_now
+from vllm_disagg.connector.tally import (
+    KEY_FACTOR,
+    LATE_READS,
+    LAYOUT_FACTOR,
+    OTHER,
+    PROTOCOL_FACTOR,
+    REFUSED_PEERS,
+    Tally,
+)
 from vllm_disagg.core.handoff import Handoff
 from vllm_disagg.core.types import EngineId, TransferId
 
@@ -86,6 +95,7 @@ class DecodeControl:
         self._renew_at_s: float | None = None
         self._stopping = False
         self._guard = Guard("control")
+        self.tally = Tally()
         self._context: zmq.Context[Any] = zmq.Context()
         self._links = [client_socket(self._context, zmq.DEALER, keys) for _ in worker_links]
         for link, endpoint in zip(self._links, worker_links, strict=True):
@@ -239,6 +249,8 @@ class DecodeControl:
             return
         if state.error:
             logger.error("handshake.failed engine=%s error=%s", state.engine_id, state.error)
+            if state.misfit:
+                self.tally.add(REFUSED_PEERS, LAYOUT_FACTOR)
             self._lose(peer, "incompatible" if state.misfit else "peer_unreachable")
             return
         peer.waiting_ranks.discard(index)
@@ -273,7 +285,19 @@ class DecodeControl:
         for peer in list(self._peers.values()):
             if peer.socket is not None and peer.socket in ready:
                 self._guard.each(_frames(peer.socket), functools.partial(self._peer_said, peer))
-            if peer.monitor is not None and peer.monitor in ready and list(_frames(peer.monitor)):
+            if peer.monitor is not None and peer.monitor in ready:
+                self._broken(peer)
+
+    def _broken(self, peer: Peer) -> None:
+        match peer.take_breaks():
+            case "unproven":
+                logger.error(
+                    "handshake.refused: the deployment key differs, or what listens at %s is no prefill engine, or is "
+                    "one that has just ended; give all engines the same --kv-key-file", peer.address,
+                )  # fmt: skip
+                self.tally.add(REFUSED_PEERS, KEY_FACTOR)
+                self._lose(peer, "incompatible")
+            case "lost":
                 logger.warning("control.disconnected engine=%s phase=%s", peer.engine_id, peer.phase)
                 self._lose(peer, "peer_lost")
 
@@ -290,6 +314,8 @@ class DecodeControl:
                     "start both with the same %s",
                     message.factor, message.prefill, message.decode, message.factor,
                 )  # fmt: skip
+                known = message.factor == PROTOCOL_FACTOR or message.factor in self._fingerprint
+                self.tally.add(REFUSED_PEERS, message.factor if known else OTHER)
                 self._lose(peer, "incompatible")
             case NotHere():
                 self._lose(peer, "peer_lost")
@@ -313,6 +339,7 @@ class DecodeControl:
             self._report(pull.settled("received", now_s=time.monotonic()))
         else:
             logger.warning("transfer.late transfer=%s: prefill had let the blocks go", released.transfer_id)
+            self.tally.add(LATE_READS, "")
             self._report(pull.settled("failed", "lease_expired", now_s=time.monotonic()))
         self._over(pull)
 

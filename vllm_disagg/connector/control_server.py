@@ -34,6 +34,8 @@ from vllm_disagg.connector.messages import (
     Welcome,
 )
 from vllm_disagg.connector.secure import CurveKeys, client_socket, send_now, server_socket, start_authenticator
+from vllm_disagg.connector.strangers import StrangerWatch
+from vllm_disagg.connector.tally import KEY_FACTOR, OTHER, PROTOCOL_FACTOR, REFUSED_PEERS, Tally
 from vllm_disagg.core.fingerprint import check_compatible
 from vllm_disagg.core.types import EngineId
 from vllm_disagg.errors import ConfigError, IncompatiblePeer
@@ -81,10 +83,12 @@ class PrefillControl:
         self._serving = False
         self._guard = Guard("control")
         self.num_bad_frames = 0
+        self.tally = Tally()
         self._context: zmq.Context[Any] = zmq.Context()
         self._authenticator = start_authenticator(self._context, keys)
         self._router = server_socket(self._context, zmq.ROUTER, keys, max_frame_bytes=MAX_REQUEST_BYTES)
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._strangers = StrangerWatch(self._context, self._router)
         try:
             self._router.bind(address)
         except zmq.ZMQError as error:
@@ -115,6 +119,7 @@ class PrefillControl:
     def _run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
+        poller.register(self._strangers.socket, zmq.POLLIN)
         poller.register(self._mailbox.fileno(), zmq.POLLIN)
         for link in self._links:
             poller.register(link, zmq.POLLIN)
@@ -126,6 +131,8 @@ class PrefillControl:
         orders = self._mailbox.take_all()
         if self._router in ready:
             self._guard.each(self._requests(), self._reply)
+        if self._strangers.socket in ready and (found := self._strangers.count(time.monotonic())):
+            self.tally.add(REFUSED_PEERS, KEY_FACTOR, found)
         for link in self._links:
             if link in ready:
                 link.recv_multipart()  # workers of a prefill instance report nothing
@@ -185,10 +192,11 @@ class PrefillControl:
         if hello.engine_id != self._engine_id:
             return NotHere(expected=hello.engine_id)
         try:
-            ours = {"vllm_disagg protocol": str(messages.PROTOCOL_VERSION), **self._fingerprint}
-            check_compatible(ours, {"vllm_disagg protocol": str(hello.version), **hello.fingerprint})
+            ours = {PROTOCOL_FACTOR: str(messages.PROTOCOL_VERSION), **self._fingerprint}
+            check_compatible(ours, {PROTOCOL_FACTOR: str(hello.version), **hello.fingerprint})
         except IncompatiblePeer as refusal:
             logger.error("handshake.refused %s", refusal)
+            self.tally.add(REFUSED_PEERS, refusal.factor if refusal.factor in ours else OTHER)
             return Refused(
                 engine_id=self._engine_id, factor=refusal.factor, prefill=refusal.ours, decode=refusal.theirs
             )
@@ -197,5 +205,6 @@ class PrefillControl:
 
     def _close(self) -> None:
         self._mailbox.close()
+        self._strangers.close()
         self._authenticator.stop()
         self._context.destroy(linger=100)

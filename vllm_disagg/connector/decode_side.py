@@ -15,6 +15,7 @@ from vllm_disagg.connector.pull import Drained, Settled
 from vllm_disagg.connector.recent import RecentIds
 from vllm_disagg.connector.request_facts import kv_params, prompt_salt
 from vllm_disagg.connector.stats import TransferStats
+from vllm_disagg.connector.tally import Tally
 from vllm_disagg.connector.worker_thread import ReadJob
 from vllm_disagg.core.handoff import Handoff, check_fits, unseal
 from vllm_disagg.core.types import BlockIds, TransferId
@@ -34,6 +35,7 @@ _USED_S = 3600.0
 """How long a handoff is remembered as used. Its hold ends long before: at ten leases."""
 
 _FAILURES = "vllm_disagg_kv_failures_total"
+_RECOMPUTED = "vllm_disagg_kv_recomputed_tokens_total"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -82,6 +84,7 @@ class DecodeSide:
         self._used = RecentIds(keep_s=_USED_S)
         self._pool: BlockPool | None = None
         self._stats = TransferStats()
+        self._pairs = Tally()
 
     def bind_block_pool(self, pool: BlockPool) -> None:
         """vLLM's block pool, once it exists."""
@@ -96,7 +99,7 @@ class DecodeSide:
             handoff = self._accept(request, params.get("handoff"))
         except InvalidHandoff as refusal:
             logger.warning("handoff.refused request=%s reason=%s", request.request_id, refusal)
-            self._stats.count(_FAILURES, label=refusal.cause)
+            self._count_failure(refusal.cause, request.num_prompt_tokens)
             return
         now_s = time.monotonic()
         fetch = _Fetch(request_id=request.request_id, handoff=handoff, announced_s=now_s)
@@ -198,6 +201,7 @@ class DecodeSide:
         """What happened since the last call."""
         stats.aggregate(self._stats)
         self._stats.reset()
+        stats.add(self._pairs)
         stats.gauge("vllm_disagg_kv_draining_requests", len(self._draining))
 
     def _accept(self, request: Request, text: object) -> Handoff:
@@ -218,7 +222,7 @@ class DecodeSide:
     def _decline(self, fetch: _Fetch) -> None:
         """vLLM goes on without our tokens: cached here already, not readable, or not wanted by the request's kind."""
         if fetch.refused:
-            self._stats.count(_FAILURES, label=fetch.refused)
+            self._count_failure(fetch.refused, fetch.handoff.num_tokens)
             logger.warning("transfer.declined request=%s cause=%s: computed here", fetch.request_id, fetch.refused)
         self._control.forget(fetch.handoff.transfer_id)
         self._remove(fetch)
@@ -236,7 +240,7 @@ class DecodeSide:
         if settled.result == "received":
             self._received(fetch, settled)
         elif not fetch.abandoned:
-            self._stats.count(_FAILURES, label=settled.cause)
+            self._count_failure(settled.cause, fetch.num_tokens)
             logger.warning("transfer.failed request=%s cause=%s: recomputed here", fetch.request_id, settled.cause)
         return [ReceiveReport(fetch.request_id, ok=settled.result == "received")]
 
@@ -258,11 +262,22 @@ class DecodeSide:
         self._stats.observe("vllm_disagg_kv_transfer_bytes", settled.num_bytes)
         self._stats.observe("vllm_disagg_kv_transfer_descriptors", settled.num_descriptors)
         self._stats.count("vllm_disagg_kv_tokens_received_total", fetch.num_tokens)
+        if settled.read_s:
+            self._stats.observe("vllm_disagg_kv_read_bytes_per_second", settled.num_bytes / settled.read_s)
+        prefill = fetch.handoff.control.removeprefix("tcp://")
+        self._pairs.add("vllm_disagg_kv_pair_transfers_total", prefill)
+        self._pairs.add("vllm_disagg_kv_pair_bytes_total", prefill, settled.num_bytes)
+        self._pairs.add("vllm_disagg_kv_pair_read_seconds_total", prefill, settled.read_s)
+        self._pairs.add("vllm_disagg_kv_pair_descriptors_total", prefill, settled.num_descriptors)
         logger.info(
             "transfer.done request=%s tokens=%d bytes=%d descriptors=%d ms=%.1f read_ms=%.1f prove_ms=%.1f",
             fetch.request_id, fetch.num_tokens, settled.num_bytes, settled.num_descriptors,
             1000 * seconds, 1000 * settled.read_s, 1000 * settled.prove_s,
         )  # fmt: skip
+
+    def _count_failure(self, cause: str, num_tokens: int) -> None:
+        self._stats.count(_FAILURES, label=cause)
+        self._stats.count(_RECOMPUTED, num_tokens, label=cause)
 
     def _pin(self, fetch: _Fetch) -> None:
         """Keep blocks out of use that a peer may still write to."""

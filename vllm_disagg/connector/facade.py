@@ -276,6 +276,8 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
             return None
         stats = TransferStats()
         side.add_stats(stats)
+        if self._control is not None:
+            stats.add(self._control.tally)
         return stats
 
     def shutdown(self) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from vllm_disagg.connector.secure import CurveKeys, client_socket, send_now
 from vllm_disagg.core.types import EngineId
@@ -17,7 +18,8 @@ CONNECT_TIMEOUT_S = 30.0
 """For the workers to connect: each may register its whole KV cache with the device once more."""
 
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 1.0, 30.0
-_DISCONNECTED = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+_UNPROVEN = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_DISCONNECTED = zmq.EVENT_DISCONNECTED | _UNPROVEN
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,6 +47,14 @@ class Peer:
         self.monitor = self.socket.get_monitor_socket(_DISCONNECTED)
         self.socket.connect(self.address)
         self.phase, self.cause, self.deadline_s = "greeting", "", now_s + HELLO_TIMEOUT_S
+
+    def take_breaks(self) -> Literal["", "lost", "unproven"]:
+        """Whether the connection broke since the last call: `unproven` before both ends had proven the key."""
+        found: Literal["", "lost", "unproven"] = ""
+        while self.monitor is not None and self.monitor.poll(0):
+            event = parse_monitor_message(self.monitor.recv_multipart())["event"]
+            found = "unproven" if found == "unproven" or int(event) & _UNPROVEN else "lost"
+        return found
 
     def send(self, frame: bytes) -> None:
         """Queue a frame; a peer that reads nothing loses it, and the deadline of what it answers does the rest."""

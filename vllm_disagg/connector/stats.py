@@ -13,8 +13,11 @@ from prometheus_client import Counter, Gauge, Histogram
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from vllm_disagg.connector.tally import Tally
+
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _BYTES = tuple(float(4**exponent * 1024) for exponent in range(1, 13))
+_RATES = tuple(1e6 * 2.0**exponent for exponent in range(20))
 _DESCRIPTORS = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0)
 
 HISTOGRAMS: dict[str, tuple[str, Sequence[float]]] = {
@@ -25,13 +28,24 @@ HISTOGRAMS: dict[str, tuple[str, Sequence[float]]] = {
         "Copies one request's transfer was cut into, over all ranks.",
         _DESCRIPTORS,
     ),
+    "vllm_disagg_kv_read_bytes_per_second": ("Rate of the reading part of a KV transfer, over all ranks.", _RATES),
 }
 COUNTERS: dict[str, str] = {
     "vllm_disagg_kv_tokens_received_total": "Prompt tokens whose KV decode received instead of computing it.",
+    "vllm_disagg_kv_late_reads_total": "Reads that ended after prefill had let the blocks go, and were dropped.",
 }
 LABELLED_COUNTERS: dict[str, tuple[str, str]] = {
     "vllm_disagg_kv_failures_total": ("KV transfers that failed; each was recomputed on decode.", "cause"),
+    "vllm_disagg_kv_recomputed_tokens_total": (
+        "Prompt tokens computed on decode for want of their KV.",
+        "cause",
+    ),
     "vllm_disagg_kv_holds_total": ("What happened to the blocks prefill kept for decode.", "event"),
+    "vllm_disagg_kv_refused_peers_total": ("Peers refused when they met this engine, by what does not fit.", "factor"),
+    "vllm_disagg_kv_pair_transfers_total": ("Confirmed KV transfers from one prefill instance.", "prefill"),
+    "vllm_disagg_kv_pair_bytes_total": ("Bytes received in them, over all ranks.", "prefill"),
+    "vllm_disagg_kv_pair_read_seconds_total": ("Seconds in which they were read, on the slowest rank.", "prefill"),
+    "vllm_disagg_kv_pair_descriptors_total": ("Copies they were cut into, over all ranks.", "prefill"),
 }
 GAUGES: dict[str, str] = {
     "vllm_disagg_kv_held_requests": "Requests whose KV prefill keeps for decode.",
@@ -57,6 +71,11 @@ class TransferStats(KVConnectorStats):
         key = name if label is None else f"{name}{{{label}}}"
         self.data[key] = self.data.get(key, 0) + amount
 
+    def add(self, tally: Tally) -> None:
+        """Add what other threads have counted, or what has a label that a peer chooses."""
+        for (name, label), amount in tally.take().items():
+            self.count(name, amount, label=label or None)
+
     def gauge(self, name: str, value: float) -> None:
         """Set a gauge."""
         self.data[name] = value
@@ -80,7 +99,12 @@ class TransferStats(KVConnectorStats):
         summary: dict[str, int | float] = {"transfers": len(seconds)}
         if seconds:
             summary["mean_ms"] = round(1000 * sum(seconds) / len(seconds), 2)
-            summary["mib"] = round(sum(self.data.get("vllm_disagg_kv_transfer_bytes", [])) / 2**20, 2)
+            num_bytes, read_s = (
+                sum(self.data.get(name, ()))
+                for name in ("vllm_disagg_kv_transfer_bytes", "vllm_disagg_kv_read_seconds")
+            )
+            summary["mib"] = round(num_bytes / 2**20, 2)
+            summary["read_gb_per_s"] = round(num_bytes / read_s / 1e9, 2) if read_s else 0.0
         failures = sum(value for key, value in self.data.items() if key.startswith("vllm_disagg_kv_failures_total"))
         return {**summary, "failures": failures, "held_blocks": self.data.get("vllm_disagg_kv_held_blocks", 0)}
 
