@@ -551,7 +551,9 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--rates", type=_rates, help="requests per second, as 1.2,1.8,2.4 (default: shares of what the engine can)")
+    parser.add_argument(
+        "--rates", type=_rates, help="requests per second, as 1.2,1.8,2.4 (default: shares of what the engine can)"
+    )
     parser.add_argument("--requests", type=int, default=35, help="about how many per run (default: 35)")
     parser.add_argument("--blocks", type=int, default=3, help="different loads of each rate (default: 3)")
     parser.add_argument("--repetitions", type=int, default=2, help="of each load on each engine (default: 2)")
