@@ -7,13 +7,13 @@ one. Profiling loads alternate with loads that are compared later. Then an emula
 fitted and the same places on the cores, gets exactly the requests of the compared loads at the same planned moments.
 Profiling and compared loads differ in lengths, arrivals and prompts.
 
-Every compared load is short and lies next to a profiling load in time, so that a machine that becomes slower
-meanwhile does so for both. The emulated runs come last: they wait, and do not care for memory bandwidth.
+A virtual machine's pace changes within a minute by more than the emulation is wrong. So every compared load is short
+and lies between two profiling loads, whose steps, over what the profile says for them, are the pace that the device is
+said to have meanwhile. The emulated runs come last: they wait, and do not care for memory bandwidth.
 
-A virtual machine's pace changes within a minute by more than the emulation is wrong. So the emulated engine runs twice:
-with the profile alone, and with the profile at the pace that the real device had at each moment of each run: what its
-steps took, over what the profile says for them, second by second. The second one shows what the emulation itself adds:
-scheduling, queueing and the host's own time. Pace travels as a `slow` fault.
+The emulated engine runs twice: at that pace, which is measured beside the compared runs and never in them; and at the
+pace that the real device had at each moment of each run, second by second. The second one is no prediction. It shows
+what the emulation itself adds: scheduling, queueing and the host's own time. Pace travels as a `slow` fault.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +59,22 @@ BURSTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 1, 2, 3, 4, 5, 6, 8, 
 BURST_SHARES = 9
 """A profiling load is this part of them."""
 
-SHARES = (0.55, 0.7, 0.85)
+SHARES = (0.35, 0.5, 0.65)
 """The compared rates, of the capacity: below, at and above the knee, from where requests queue for each other."""
 
 WINDOW_S = 1.0
 """Over which the real device's pace is measured."""
 
 LONE_PROMPTS = (8, 24, 40, 56, 72, 88, 104, 120, 144, 176, 240, 320)
-"""Tokens of prompts that each profiling load sends one after the other: the only steps that compute a prompt alone."""
+"""Tokens of prompts that profiling loads send one after the other, a third of them each: steps that compute a prompt
+alone."""
 
 CAPACITY_REQUESTS = 60
 """Sent within a second to see how many requests per second the real engine can answer."""
 
-BURST_SPACING_S = 0.15
-"""Mean time between the requests of a burst: some come while others are computed, so that there are mixed steps."""
+BURST_SPACING_S = (0.15, 0.45)
+"""Mean time between the requests of a burst, in turn: some come while others are computed, so that there are mixed
+steps, large ones and such as a steady load has."""
 
 FREEZE_S, FROZEN = 5.0, 2.0
 """A real run in which the device was so many times slower than the profile for so long met a frozen machine, and is
@@ -161,16 +164,17 @@ async def profiling_load(server: Server, sizes: Sequence[int], seed: Sequence[in
         prompt = tuple(random.integers(*PROFILING.token_ids, num_prompt_tokens).tolist())
         return Request(at_s=at_s, prompt=prompt, num_output_tokens=num_output_tokens)
 
-    loads = [[request(num_tokens, 2)] for num_tokens in random.permutation(LONE_PROMPTS).tolist()] + [
+    lone = random.permutation(LONE_PROMPTS)[: len(LONE_PROMPTS) // 3].tolist()
+    loads = [[request(num_tokens, 2)] for num_tokens in lone] + [
         [
             request(
                 int(random.integers(*PROFILING.prompt_tokens)),
                 int(random.integers(*PROFILING.output_tokens)),
-                float(random.uniform(0, BURST_SPACING_S * size)),
+                float(random.uniform(0, spacing_s * size)),
             )
             for _ in range(size)
         ]
-        for size in sizes
+        for size, spacing_s in zip(sizes, cycle(BURST_SPACING_S))
     ]
     for requests in loads:
         for times in await drive([server.url], requests):
@@ -301,42 +305,60 @@ class Measured:
     """What the real engine did."""
 
     runs: Sequence[Run]
-    profiling: Sequence[RecordedStep]
+    profiling: Sequence[Sequence[RecordedStep]]
+    """Of each profiling load: one before each run, and one after the last."""
     capacity_per_s: float
+
+    @property
+    def profiling_steps(self) -> list[RecordedStep]:
+        """All of them."""
+        return list(chain.from_iterable(self.profiling))
+
+    def pace_beside(self, index: int, latency: LatencyModel) -> float:
+        """How much slower than the profile the device was before and after a run."""
+        return slowness([*self.profiling[index], *self.profiling[index + 1]], latency)
 
 
 def measure_real(options: argparse.Namespace, folder: Path) -> Measured:
     """The capacity, the rates where they are not given, and then profiling and compared loads in turn."""
     runs: list[Run] = []
-    profiling: list[RecordedStep] = []
+    profiling: list[list[RecordedStep]] = []
     flags = (BACKEND, "vllm_disagg.profiler.recorder.RecordingExecutor")
     with engine(REAL, flags, folder, options.cores) as server:
         log = Log(server)
         capacity = asyncio.run(capacity_per_s(server))
         print(f"{REAL}: answers {capacity:.2f} requests/s when they come at once", flush=True)
         options.rates = options.rates or tuple(round(share * capacity, 2) for share in SHARES)
-        for index, load in enumerate(compared_loads(options)):
+        for index, load in enumerate((*compared_loads(options), None)):
             log.new()
             asyncio.run(profiling_load(server, BURSTS[index % BURST_SHARES :: BURST_SHARES], (options.seed, 7, index)))
-            profiling += log.new()
-            runs.append(asyncio.run(compare(server, log, load, options.cores, engine=REAL)))
+            profiling.append(log.new())
+            if load is not None:
+                runs.append(asyncio.run(compare(server, log, load, options.cores, engine=REAL)))
     return Measured(runs=runs, profiling=profiling, capacity_per_s=capacity)
 
 
-def undisturbed(measured: Measured) -> list[Run]:
-    """The compared runs that did not meet a frozen machine."""
-    latency = fit(measured.profiling)
-    return [run for run in measured.runs if max(pace_of(run, latency, window_s=FREEZE_S)) <= FROZEN]
+def slowness(steps: Sequence[RecordedStep], latency: LatencyModel) -> float:
+    """What steps took, over what the profile says for them."""
+    return sum(step.step_s for step in steps) / sum(latency.step_s(work_of(step.requests)) for step in steps)
+
+
+def is_undisturbed(run: Run, latency: LatencyModel) -> bool:
+    """Whether it did not meet a frozen machine."""
+    return max(pace_of(run, latency, window_s=FREEZE_S)) <= FROZEN
 
 
 def emulate(measured: Measured, options: argparse.Namespace, folder: Path) -> Result:
     """Fit, and repeat the compared loads on emulated engines."""
-    latency = fit(measured.profiling)
-    profile, noise = profile_of(latency, measured.profiling), jitter(latency, measured.profiling)
+    steps = measured.profiling_steps
+    latency = fit(steps)
+    profile, noise = profile_of(latency, steps), jitter(latency, steps)
     path = folder / "profile.json"
     path.write_text(json.dumps(profile_document(profile), indent=1))
     flags = ("--emulate", str(path), BACKEND, "vllm_disagg.profiler.emulated.RecordingEmulatedExecutor")
-    runs = undisturbed(measured)
+    paces = {id(run): measured.pace_beside(index, latency) for index, run in enumerate(measured.runs)}
+    runs = [run for run in measured.runs if is_undisturbed(run, latency)]
+    left_out = len(measured.runs) - len(runs)
     pairs = [(run, load) for run in runs for load in compared_loads(options) if load.of(run)]
     with engine(PACED, flags, folder, options.cores) as server:
         log = Log(server)
@@ -345,14 +367,14 @@ def emulate(measured: Measured, options: argparse.Namespace, folder: Path) -> Re
             runs.append(asyncio.run(compare(server, log, load, options.cores, engine=PACED, pace=pace)))
     with engine(EMULATED, (*flags, "--emulate-jitter", f"{noise:.4f}"), folder, options.cores) as server:
         log = Log(server)
-        for load in {(load.rate_per_s, load.block): load for _, load in pairs}.values():
-            runs.append(asyncio.run(compare(server, log, load, options.cores, engine=EMULATED)))
-    left_out = len(measured.runs) - len(undisturbed(measured))
+        for run, load in pairs:
+            pace = [paces[id(run)]]
+            runs.append(asyncio.run(compare(server, log, load, options.cores, engine=EMULATED, pace=pace)))
     return Result(
         runs=runs,
         capacity_per_s=measured.capacity_per_s,
         left_out=left_out,
-        profiling=measured.profiling,
+        profiling=steps,
         latency=latency,
         jitter=noise,
         profile=profile,
@@ -418,17 +440,10 @@ def of_engine(runs: Sequence[Run], engine: str, rate: float | None = None) -> li
     return [run for run in runs if run.engine == engine and rate in (None, run.rate_per_s)]
 
 
-def likewise(emulated: Sequence[Run], real: Sequence[Run]) -> list[Run]:
-    """The run of the same load for each real one, so that every load weighs the same on both sides."""
-    of_block = {run.block: run for run in emulated}
-    return [of_block[run.block] for run in real]
-
-
 def rows(runs: Sequence[Run], rate: float) -> list[tuple[str, ...]]:
     """A row for each figure: the three engines, their differences, and what the real one differs from itself by."""
     found = []
     real, emulated, paced = (of_engine(runs, engine, rate) for engine in (REAL, EMULATED, PACED))
-    emulated = likewise(emulated, real)
     for name, figure in FIGURES.items():
         target = TARGETS[name.split()[-1]]
         found.append(
@@ -520,7 +535,8 @@ def report(result: Result, options: argparse.Namespace, found: dict[str, str]) -
         f"engine, which for {FREEZE_S:g} s were more than {FROZEN:g} times slower than the profile\n\n"
         'A figure is over the requests of all runs; in brackets that of each repetition. "Real against itself" is by\n'
         "how much its highest repetition is above its lowest: the same requests, the same arrivals, the same engine.\n"
-        f"Paced: at the pace that the real device had in each of its runs, in windows of {WINDOW_S:g} s; no jitter.\n\n"
+        "Emulated: at the pace that the real device had in the profiling loads before and after each of its runs.\n"
+        f"Paced: at the pace that it had in the run itself, in windows of {WINDOW_S:g} s; no jitter.\n\n"
         f"{table(HEAD, [row for rate in options.rates for row in rows(result.runs, rate)])}\n\n"
         'Each run, in the order they were made. "Step time / profile": seconds of all steps, over what the profile\n'
         "says for the same steps.\n\n"
@@ -554,8 +570,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--rates", type=_rates, help="requests per second, as 1.2,1.8,2.4 (default: shares of what the engine can)"
     )
-    parser.add_argument("--requests", type=int, default=35, help="about how many per run (default: 35)")
-    parser.add_argument("--blocks", type=int, default=3, help="different loads of each rate (default: 3)")
+    parser.add_argument("--requests", type=int, default=18, help="about how many per run (default: 18)")
+    parser.add_argument("--blocks", type=int, default=6, help="different loads of each rate (default: 6)")
     parser.add_argument("--repetitions", type=int, default=2, help="of each load on each engine (default: 2)")
     parser.add_argument("--seed", type=int, default=1, help="of the loads (default: 1)")
     parser.add_argument("--out", type=Path, help="write PATH.md and PATH.json")
