@@ -31,6 +31,7 @@ _FLAGS: dict[str, tuple[str, type | None]] = {
     "control_port": ("--kv-control-port", int),
     "lease_s": ("--kv-lease-s", float),
     "pull_timeout_s": ("--kv-pull-timeout-s", float),
+    "early_reads": ("--kv-early-reads", bool),
     "key_file": ("--kv-key-file", str),
 }
 _CONFLICTS: dict[str, str] = {
@@ -58,6 +59,8 @@ def add_flags(parser: ArgumentParser) -> ArgumentParser:
         text = help_of(EngineSettings, name) + ("" if default is None else f" (default: {default})")
         if kind is None:
             group.add_argument(flag, choices=list(_TRANSPORTS), default=argparse.SUPPRESS, help=text)
+        elif kind is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
             group.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text)
     emulation.add_flags(parser)

@@ -26,7 +26,15 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler.schedule": ("self",),
     "vllm.v1.core.block_pool:BlockPool.touch": ("self", "blocks"),
     "vllm.v1.core.block_pool:BlockPool.free_blocks": ("self", "ordered_blocks"),
+    "vllm.v1.core.block_pool:BlockPool.get_new_blocks": ("self", "num_blocks"),
+    "vllm.v1.core.block_pool:BlockPool.get_cached_block": ("self", "block_hash", "kv_cache_group_ids"),
+    "vllm.v1.core.block_pool:BlockPool.evict_blocks": ("self", "block_ids"),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots": (
+        "self", "request", "num_new_tokens", "num_new_computed_tokens",
+    ),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids": ("self", "request_id"),
     "vllm.v1.engine.core:EngineCoreProc._process_input_queue": ("self",),
+    "vllm.v1.engine.core:EngineCoreProc.preprocess_add_request": ("self", "request"),
     "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1.bind_gpu_block_pool": (
         "self", "gpu_block_pool",
     ),

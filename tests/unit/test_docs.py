@@ -94,7 +94,7 @@ def options_of(command: str, cls: type) -> dict[str, str]:
 def engine_options() -> set[str]:
     """The flags that `vllm serve` gets."""
     parser = engine_flags.add_flags(argparse.ArgumentParser(add_help=False))
-    return {flag for action in parser._actions for flag in action.option_strings}
+    return {flag for action in parser._actions for flag in action.option_strings[:1]}  # not `--no-...`
 
 
 def trees(folder: Path) -> Iterator[ast.Module]:

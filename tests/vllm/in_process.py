@@ -12,6 +12,7 @@ import itertools
 import random
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,20 +202,39 @@ class Engine:
         """Of the first rank."""
         return self.ranks[0].transport
 
-    def add(self, token_ids: list[int], params: Any, *, max_tokens: int = 1, name: str | None = None) -> str:
-        """A request as EngineCore adds it. Returns its id."""
+    def add(
+        self,
+        token_ids: list[int],
+        params: Any,
+        *,
+        max_tokens: int = 1,
+        name: str | None = None,
+        within_step: Callable[[], None] | None = None,
+    ) -> str:
+        """A request as EngineCore adds it. Returns its id.
+
+        Args:
+            within_step: the request arrives while a step runs, and this happens before the step's end.
+        """
+        request = self.request(token_ids, params, max_tokens=max_tokens, name=name)
+        if within_step is not None:
+            self.scheduler.connector.on_arrival(request)
+            within_step()
+        self.scheduler.add_request(request)
+        return request.request_id
+
+    def request(self, token_ids: list[int], params: Any, *, max_tokens: int = 1, name: str | None = None) -> Request:
+        """A request as EngineCore's input thread prepares it."""
         extra = {"kv_transfer_params": params} if params is not None else {}
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra)
         init_none_hash(sha256_cbor)
-        request = Request(
+        return Request(
             request_id=name or f"{self.role}-request-{next(_numbers)}",
             prompt_token_ids=list(token_ids),
             sampling_params=sampling,
             pooling_params=None,
             block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256_cbor),
         )
-        self.scheduler.add_request(request)
-        return request.request_id
 
     def step(self) -> Any:
         """One engine step: schedule, "compute", update. Returns what was scheduled."""

@@ -20,6 +20,7 @@ from vllm_disagg.connector import messages
 from vllm_disagg.connector.guard import Guard
 from vllm_disagg.connector.mailbox import Mailbox
 from vllm_disagg.connector.messages import (
+    BeginRead,
     CancelRead,
     ConnectPeer,
     DisconnectPeer,
@@ -133,6 +134,10 @@ class DecodeControl:
         """The workers get this read with the coming step; a `Settled` follows, by the pull deadline at the latest."""
         self._orders.put(functools.partial(self._expected, transfer_id))
 
+    def begin(self, read: BeginRead) -> None:
+        """Have the workers begin this read at once; else like `expect`."""
+        self._orders.put(functools.partial(self._begun, read))
+
     def cancel(self, transfer_id: TransferId) -> None:
         """The client of an expected pull has left. Its `Settled` comes at once."""
         self._orders.put(functools.partial(self._give_up, transfer_id, "cancelled", "client_left"))
@@ -202,6 +207,10 @@ class DecodeControl:
         pull.expected_s, pull.deadline_s = now_s, now_s + self._pull_timeout_s
         if pull.error:
             self._give_up(transfer_id, "failed", pull.error)
+
+    def _begun(self, read: BeginRead) -> None:
+        self._expected(read.transfer_id)
+        self._tell_workers(read)
 
     def _forgotten(self, transfer_id: TransferId) -> None:
         pull = self._pulls.pop(transfer_id, None)

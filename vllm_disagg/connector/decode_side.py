@@ -1,5 +1,9 @@
 """The scheduler half on a decode instance: which requests wait for KV, into which blocks it comes, and what became
 of it. One owner for every parked request: it is reported to vLLM exactly once.
+
+There are two ways for KV to come in. A request that finds the engine busy is fetched on arrival, into blocks of the
+reserve, which become its own when vLLM's scheduler first looks at it (`early`). Any other is given blocks first, and
+waits for its KV parked.
 """
 
 from __future__ import annotations
@@ -10,10 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from vllm_disagg.connector.control_client import DecodeControl
+from vllm_disagg.connector.messages import BeginRead
 from vllm_disagg.connector.peers import CONNECT_TIMEOUT_S, HELLO_TIMEOUT_S
 from vllm_disagg.connector.pull import Drained, Settled
 from vllm_disagg.connector.recent import RecentIds
 from vllm_disagg.connector.request_facts import kv_params, prompt_salt
+from vllm_disagg.connector.reserve import Reserve
 from vllm_disagg.connector.stats import TransferStats
 from vllm_disagg.connector.tally import Tally
 from vllm_disagg.connector.worker_thread import ReadJob
@@ -45,12 +51,18 @@ class _Fetch:
     request_id: str
     handoff: Handoff
     announced_s: float
-    phase: Literal["announced", "parked"] = "announced"
+    phase: Literal["announced", "early", "parked"] = "announced"
     blocks: BlockIds = ()
+    first: int = 0
+    """Of an early one: the prompt's block whose KV comes into the first of `blocks`."""
     num_tokens: int = 0
     parked_s: float = 0.0
     abandoned: bool = False
     refused: str = ""
+    settled: Settled | None = None
+    """Of an early one: what became of it."""
+    claimed: bool = False
+    """Of an early one: vLLM's main thread has heard of the request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +81,23 @@ class DecodeSide:
         key: the deployment key.
         block_size: tokens per block.
         num_groups: KV cache groups of the engine.
-        overdue_s: a parked request that the control thread has not settled after this is failed without it.
+        overdue_s: a request that the control thread has not settled after this is failed without it.
+        reserve: blocks for early KV; None to fetch nothing early.
     """
 
     def __init__(
-        self, *, control: DecodeControl, key: bytes, block_size: int, num_groups: int, overdue_s: float
+        self,
+        *,
+        control: DecodeControl,
+        key: bytes,
+        block_size: int,
+        num_groups: int,
+        overdue_s: float,
+        reserve: Reserve | None = None,
     ) -> None:
         self._control, self._key, self._overdue_s = control, key, overdue_s
+        self._reserve = reserve if num_groups == 1 else None
+        self._arrived: dict[str, _Fetch] = {}
         self._block_size, self._num_groups = block_size, num_groups
         self._by_request: dict[str, _Fetch] = {}
         self._by_transfer: dict[TransferId, _Fetch] = {}
@@ -89,11 +111,61 @@ class DecodeSide:
     def bind_block_pool(self, pool: BlockPool) -> None:
         """vLLM's block pool, once it exists."""
         self._pool = pool
+        if self._reserve is not None and not self._reserve.bind(pool):
+            logger.warning("early.off: this vLLM's block pool does not give out first what was freed last")
+            self._reserve = None
+
+    def on_arrival(self, request: Request) -> None:
+        """The request has come in while a step is running: begin to fetch if there is room. On any thread, before
+        vLLM's main thread hears of it; what is wrong with its handoff is told then."""
+        params = kv_params(request)
+        if self._reserve is None or not params.get("do_remote_prefill"):
+            return
+        try:
+            handoff = self._checked(request, params.get("handoff"))
+        except InvalidHandoff:
+            return
+        first = self._num_cached_blocks(request)
+        if handoff.num_tokens - first * self._block_size <= 1:
+            return
+        remote = handoff.block_ids[0][first:]
+        self._reserve.expect(len(remote))
+        if self._control.peer_phase(handoff.engine_id) != "ready":
+            return
+        blocks = self._reserve.take(len(remote))
+        if not blocks:
+            return
+        now_s = time.monotonic()
+        if not self._used.add(handoff.transfer_id, now_s=now_s):
+            self._reserve.put_back(blocks)
+            return
+        self._arrived[request.request_id] = _Fetch(
+            request_id=request.request_id,
+            handoff=handoff,
+            announced_s=now_s,
+            phase="early",
+            blocks=(blocks,),
+            first=first,
+            parked_s=now_s,
+        )
+        self._control.announce(handoff)
+        self._control.begin(
+            BeginRead(
+                transfer_id=handoff.transfer_id,
+                engine_id=handoff.engine_id,
+                local_blocks=(blocks,),
+                remote_blocks=(remote,),
+            )
+        )
 
     def on_new_request(self, request: Request) -> None:
         """Check the handoff and get ready to fetch. Whatever is wrong with it costs a local prefill, nothing else."""
         params = kv_params(request)
         if not params.get("do_remote_prefill"):
+            return
+        self._adopt_arrived()
+        if (known := self._by_request.get(request.request_id)) is not None:
+            known.claimed = True
             return
         try:
             handoff = self._accept(request, params.get("handoff"))
@@ -104,17 +176,19 @@ class DecodeSide:
         now_s = time.monotonic()
         fetch = _Fetch(request_id=request.request_id, handoff=handoff, announced_s=now_s)
         self._by_request[fetch.request_id] = self._by_transfer[handoff.transfer_id] = fetch
-        self._used.add(handoff.transfer_id, now_s=now_s)
         self._control.announce(handoff)
 
     def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How many prompt tokens can be fetched beyond the local prefix hit. No side effects; asked every step.
 
         Returns:
-            `(None, False)` while the prefill engine is being connected, `(0, False)` when there is nothing to fetch,
-            else `(n, True)`. The last prompt token is computed here in any case, so that alone is not worth a fetch.
+            `(None, False)` while the prefill engine is being connected or an early fetch is under way, `(0, False)`
+            when there is nothing to fetch, `(n, False)` when n tokens are here already, else `(n, True)`. The last
+            prompt token is computed here in any case, so that alone is not worth a fetch.
         """
         fetch = self._by_request.get(request.request_id)
+        if fetch is not None and fetch.phase == "early":
+            return self._match_early(fetch, num_computed_tokens), False
         if fetch is None or fetch.phase != "announced":
             return 0, False
         if fetch.handoff.num_tokens - num_computed_tokens <= 1:
@@ -134,10 +208,13 @@ class DecodeSide:
     def on_allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """vLLM has given the request its blocks. With tokens to come from outside it is parked now."""
         fetch = self._by_request.get(request.request_id)
-        if fetch is None or fetch.phase != "announced":
+        if fetch is None or fetch.phase == "parked":
             return
         if num_external_tokens == 0:
             self._decline(fetch)
+            return
+        if fetch.phase == "early":
+            self._landed(fetch, num_external_tokens)
             return
         first = (fetch.handoff.num_tokens - num_external_tokens) // self._block_size
         last = -(-fetch.handoff.num_tokens // self._block_size)
@@ -154,6 +231,54 @@ class DecodeSide:
         )
         self._control.expect(fetch.handoff.transfer_id)
 
+    def lend(self, request: Request, num_local_tokens: int) -> bool:
+        """vLLM is about to give this request its blocks: see to it that those with its early KV come first.
+
+        Args:
+            request: any request.
+            num_local_tokens: its tokens that vLLM's own prefix cache holds.
+
+        Returns:
+            Whether it has early KV. Then `lent` tells how it went, before anything else takes blocks.
+        """
+        fetch = self._by_request.get(request.request_id)
+        if fetch is None or fetch.phase != "early" or not fetch.blocks or self._pool is None:
+            return False
+        assert self._reserve is not None
+        spare = num_local_tokens // self._block_size - fetch.first
+        self._reserve.returned(spare)
+        self._free((fetch.blocks[0][:spare],))
+        fetch.blocks, fetch.first = (fetch.blocks[0][spare:],), fetch.first + spare
+        self._pool.free_blocks([self._pool.blocks[block] for block in fetch.blocks[0]])
+        return True
+
+    def lent(self, request: Request, block_ids: tuple[list[int], ...] | None) -> bool:
+        """These are the request's blocks now; None for none yet, and its early KV is kept. False: they are not the
+        ones that hold its KV, which is lost."""
+        fetch = self._by_request[request.request_id]
+        assert self._pool is not None and self._reserve is not None
+        blocks = fetch.blocks[0]
+        if block_ids is None:
+            again = [block.block_id for block in self._pool.get_new_blocks(len(blocks))]
+            if again == list(blocks):
+                return True
+            self._pool.free_blocks([self._pool.blocks[block] for block in again])
+        elif tuple(block_ids[0][fetch.first : fetch.first + len(blocks)]) == blocks[: len(block_ids[0]) - fetch.first]:
+            self._reserve.returned(len(blocks))
+            fetch.blocks = ()
+            return True
+        logger.error("early.misplaced request=%s: no more early fetches", request.request_id)
+        self._reserve.returned(len(blocks))
+        self._reserve.close()
+        fetch.blocks = ()
+        fetch.refused = "misplaced"
+        return False
+
+    def before_step(self, *, num_running: int) -> None:
+        """Called at the start of every step, after `take_reports`: keep the reserve as large as it should be."""
+        if self._reserve is not None:
+            self._reserve.step(num_running=num_running)
+
     def take_reads(self) -> tuple[ReadJob, ...]:
         """The reads that begin with this step."""
         reads, self._reads = tuple(self._reads), []
@@ -164,7 +289,9 @@ class DecodeSide:
         fetch = self._by_request.get(request.request_id)
         if fetch is None:
             return
-        if fetch.phase == "parked":
+        if fetch.phase == "early" and fetch.settled is not None:
+            self._decline(fetch)
+        elif fetch.phase != "announced":
             fetch.abandoned = True
             self._control.cancel(fetch.handoff.transfer_id)
         else:
@@ -174,7 +301,9 @@ class DecodeSide:
     def take_reports(self) -> list[ReceiveReport]:
         """Parked requests whose fate is now known, each exactly once. Called at the start of every step."""
         reports = []
-        for report in self._control.take_reports():
+        told = self._control.take_reports()
+        self._adopt_arrived()  # after `told`: a fetch is noted before it begins
+        for report in told:
             match report:
                 case Settled():
                     reports.extend(self._settle(report))
@@ -195,7 +324,7 @@ class DecodeSide:
     @property
     def num_followed(self) -> int:
         """Requests that came with a handoff and are not settled, and blocks that are not quiet."""
-        return len(self._by_request) + len(self._draining)
+        return len(self._arrived) + len(self._by_request) + len(self._draining)
 
     def add_stats(self, stats: TransferStats) -> None:
         """What happened since the last call."""
@@ -205,6 +334,12 @@ class DecodeSide:
         stats.gauge("vllm_disagg_kv_draining_requests", len(self._draining))
 
     def _accept(self, request: Request, text: object) -> Handoff:
+        handoff = self._checked(request, text)
+        if not self._used.add(handoff.transfer_id, now_s=time.monotonic()):
+            raise InvalidHandoff("the handoff was used before: it works once")
+        return handoff
+
+    def _checked(self, request: Request, text: object) -> Handoff:
         handoff = unseal(text, self._key)
         if request.prompt_token_ids is None or request.prompt_embeds is not None:
             raise InvalidHandoff("the prompt is not made of token ids alone")
@@ -215,17 +350,79 @@ class DecodeSide:
             block_size=self._block_size,
             num_groups=self._num_groups,
         )
-        if handoff.transfer_id in self._used:
-            raise InvalidHandoff("the handoff was used before: it works once")
         return handoff
+
+    def _num_cached_blocks(self, request: Request) -> int:
+        """How many of the prompt's first blocks vLLM's prefix cache holds now. Only a guess: it may change."""
+        if self._pool is None or not self._pool.enable_caching or request.skip_reading_prefix_cache:
+            return 0
+        most = (request.num_prompt_tokens - 1) // self._block_size
+        number = 0
+        while number < min(most, len(request.block_hashes)):
+            if self._pool.get_cached_block(request.block_hashes[number], [0]) is None:
+                break
+            number += 1
+        return number
+
+    def _adopt_arrived(self) -> None:
+        for request_id in list(self._arrived):
+            fetch = self._arrived.pop(request_id)
+            self._by_request[request_id] = self._by_transfer[fetch.handoff.transfer_id] = fetch
+
+    def _match_early(self, fetch: _Fetch, num_computed_tokens: int) -> int | None:
+        if fetch.settled is None:
+            return None
+        if not fetch.refused and fetch.first * self._block_size > num_computed_tokens:
+            fetch.refused = "prefix_evicted"
+        if fetch.refused:
+            return 0
+        return max(0, fetch.handoff.num_tokens - 1 - num_computed_tokens)
+
+    def _landed(self, fetch: _Fetch, num_external_tokens: int) -> None:
+        """Its blocks hold its KV, and are the request's now (`lent`)."""
+        assert fetch.settled is not None and not fetch.blocks
+        fetch.num_tokens = num_external_tokens + 1  # the last one has come too
+        self._received(fetch, fetch.settled)
+        self._remove(fetch)
 
     def _decline(self, fetch: _Fetch) -> None:
         """vLLM goes on without our tokens: cached here already, not readable, or not wanted by the request's kind."""
         if fetch.refused:
             self._count_failure(fetch.refused, fetch.handoff.num_tokens)
             logger.warning("transfer.declined request=%s cause=%s: computed here", fetch.request_id, fetch.refused)
-        self._control.forget(fetch.handoff.transfer_id)
+        if fetch.phase == "announced":
+            self._control.forget(fetch.handoff.transfer_id)
+        elif fetch.settled is None:  # vLLM did not wait: its blocks come back when the read is over
+            fetch.abandoned = True
+            self._control.cancel(fetch.handoff.transfer_id)
+            return
+        self._free_early(fetch)
         self._remove(fetch)
+
+    def _free_early(self, fetch: _Fetch) -> None:
+        """The blocks of an early fetch go back to the pool, unread."""
+        if fetch.phase == "early" and fetch.blocks:
+            assert self._reserve is not None
+            self._reserve.returned(len(fetch.blocks[0]))
+            self._free(fetch.blocks)
+            fetch.blocks = ()
+
+    def _settle_early(self, fetch: _Fetch, settled: Settled) -> None:
+        if fetch.settled is not None:  # it was overdue
+            if not settled.draining:
+                self._drained(settled.transfer_id)
+            return
+        fetch.settled = settled
+        if settled.draining:
+            assert self._reserve is not None
+            self._reserve.returned(len(fetch.blocks[0]))
+            self._draining[settled.transfer_id], fetch.blocks = fetch.blocks, ()
+        if settled.result != "received":
+            fetch.refused = settled.cause
+            self._free_early(fetch)
+        if fetch.abandoned:
+            self._free_early(fetch)
+            self._remove(fetch)
 
     def _settle(self, settled: Settled) -> list[ReceiveReport]:
         fetch = self._by_transfer.get(settled.transfer_id)
@@ -233,6 +430,9 @@ class DecodeSide:
             logger.error("transfer.unknown transfer=%s: dropped", settled.transfer_id)
             if not settled.draining:  # it was overdue and its blocks were kept: no `Drained` follows
                 self._drained(settled.transfer_id)
+            return []
+        if fetch.phase == "early":
+            self._settle_early(fetch, settled)
             return []
         self._remove(fetch)
         if settled.draining:
@@ -247,16 +447,24 @@ class DecodeSide:
     def _overdue(self) -> list[ReceiveReport]:
         """The last resort against a control thread that does not answer: no request waits for ever."""
         limit_s = time.monotonic() - self._overdue_s
-        late = [fetch for fetch in self._by_request.values() if fetch.phase == "parked" and fetch.parked_s < limit_s]
+        late = [
+            fetch
+            for fetch in self._by_request.values()
+            if fetch.phase != "announced" and fetch.settled is None and fetch.parked_s < limit_s
+        ]
         reports: list[ReceiveReport] = []
         for fetch in late:
             logger.error("transfer.overdue request=%s: its blocks stay out of use", fetch.request_id)
             unsettled = Settled(transfer_id=fetch.handoff.transfer_id, result="failed", cause="overdue", draining=True)
             reports.extend(self._settle(unsettled))
+        for fetch in [fetch for fetch in self._by_request.values() if fetch.settled and fetch.parked_s < limit_s]:
+            if not fetch.claimed:  # vLLM has lost the request on its way to the main thread
+                self._free_early(fetch)
+                self._remove(fetch)
         return reports
 
     def _received(self, fetch: _Fetch, settled: Settled) -> None:
-        seconds = time.monotonic() - fetch.parked_s
+        seconds = (settled.at_s or time.monotonic()) - fetch.parked_s
         self._stats.observe("vllm_disagg_kv_transfer_seconds", seconds)
         self._stats.observe("vllm_disagg_kv_read_seconds", settled.read_s)
         self._stats.observe("vllm_disagg_kv_transfer_bytes", settled.num_bytes)
@@ -289,6 +497,10 @@ class DecodeSide:
         blocks = self._draining.pop(transfer_id, None)
         if blocks is None or self._pool is None:
             return
+        self._free(blocks)
+
+    def _free(self, blocks: BlockIds) -> None:
+        assert self._pool is not None
         for group in blocks:
             self._pool.free_blocks([self._pool.blocks[block] for block in reversed(group)])
 

@@ -26,6 +26,7 @@ from vllm_disagg.connector.holds import Holds
 from vllm_disagg.connector.messages import RankInfo
 from vllm_disagg.connector.metadata import StepMetadata, WorkerMetadata
 from vllm_disagg.connector.prefill_side import PrefillSide
+from vllm_disagg.connector.reserve import Reserve
 from vllm_disagg.connector.secure import curve_keys
 from vllm_disagg.connector.stats import TransferPromMetrics, TransferStats
 from vllm_disagg.connector.worker_side import TransportWrapper, WorkerSide
@@ -193,6 +194,7 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
             block_size=self._vllm_config.cache_config.block_size,
             num_groups=len(self._kv_cache_config.kv_cache_groups),
             overdue_s=2 * self.settings.pull_timeout_s + support.OVERDUE_GRACE_S,
+            reserve=Reserve(age=self._vllm_config.max_concurrent_batches - 1) if self.settings.early_reads else None,
         )
         if self._pool is not None:
             self._decode.bind_block_pool(self._pool)
@@ -204,11 +206,33 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
         """Our scheduler tells how to wake an engine that sleeps; without it the engine polls while we wait."""
         self._wake = wake
 
-    def begin_step(self) -> list[ReceiveReport]:
-        """Our scheduler calls this before each step: give back what is held no more, and tell what has arrived."""
+    def begin_step(self, *, num_running: int = 0) -> list[ReceiveReport]:
+        """Our scheduler calls this before each step: give back what is held no more, and tell what has arrived.
+
+        Args:
+            num_running: requests that this step goes on with.
+        """
         if self._prefill is not None:
             self._prefill.give_back()
-        return self._decode.take_reports() if self._decode is not None else []
+        if self._decode is None:
+            return []
+        reports = self._decode.take_reports()
+        self._decode.before_step(num_running=num_running)
+        return reports
+
+    def on_arrival(self, request: Request) -> None:
+        """A request has come in, and waits for the running step to end. On vLLM's input thread."""
+        if self._decode is not None:
+            self._decode.on_arrival(request)
+
+    def lend(self, request: Request, num_local_tokens: int) -> bool:
+        """See `DecodeSide.lend`."""
+        return self._decode is not None and self._decode.lend(request, num_local_tokens)
+
+    def lent(self, request: Request, block_ids: tuple[list[int], ...] | None) -> bool:
+        """See `DecodeSide.lent`."""
+        assert self._decode is not None
+        return self._decode.lent(request, block_ids)
 
     def on_new_request(self, request: Request) -> None:
         """A request has come in."""

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
-from vllm_disagg.core.types import EngineId, TransferId
+from vllm_disagg.core.types import BlockIds, EngineId, TransferId
 from vllm_disagg.transport.layout import RankLayout
 
 PROTOCOL_VERSION = 2
@@ -127,6 +127,15 @@ class DisconnectPeer(_Message, frozen=True):
     engine_id: EngineId
 
 
+class BeginRead(_Message, frozen=True):
+    """Read these blocks of that engine into our own, pairwise in each group, now."""
+
+    transfer_id: TransferId
+    engine_id: EngineId
+    local_blocks: BlockIds
+    remote_blocks: BlockIds
+
+
 class CancelRead(_Message, frozen=True):
     """Stop reading for this transfer. Its `ReadEnded` still comes."""
 
@@ -156,7 +165,7 @@ class ReadEnded(_Message, frozen=True):
 
 ToPrefill = Hello | Renew | Release | Forbid
 FromPrefill = Welcome | Refused | NotHere | Renewed | Released
-ToWorker = Progress | ConnectPeer | DisconnectPeer | CancelRead
+ToWorker = Progress | ConnectPeer | DisconnectPeer | BeginRead | CancelRead
 FromWorker = PeerState | ReadEnded
 
 to_prefill: msgspec.msgpack.Decoder[ToPrefill] = msgspec.msgpack.Decoder(ToPrefill)

@@ -29,6 +29,7 @@ class Settled:
         num_bytes, num_descriptors: what the ranks read, summed.
         read_s: slowest rank's read, seconds.
         prove_s: from the end of the read to prefill's word, seconds.
+        at_s: when it was received, on the monotonic clock.
     """
 
     transfer_id: TransferId
@@ -39,6 +40,7 @@ class Settled:
     num_descriptors: int = 0
     read_s: float = 0.0
     prove_s: float = 0.0
+    at_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,4 +79,5 @@ class Pull:
             num_descriptors=self.num_descriptors,
             read_s=self.read_s,
             prove_s=max(0.0, now_s - self.proving_since_s) if self.phase == "proving" else 0.0,
+            at_s=now_s,
         )

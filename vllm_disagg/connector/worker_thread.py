@@ -16,6 +16,7 @@ from vllm_disagg.connector import messages
 from vllm_disagg.connector.guard import Guard
 from vllm_disagg.connector.mailbox import Mailbox
 from vllm_disagg.connector.messages import (
+    BeginRead,
     CancelRead,
     ConnectPeer,
     DisconnectPeer,
@@ -205,6 +206,15 @@ class WorkerThread:
                 self._connect(message)
             case DisconnectPeer():
                 self._disconnect(self._sources.pop(message.engine_id, ()))
+            case BeginRead():
+                self._begin(
+                    ReadJob(
+                        transfer_id=message.transfer_id,
+                        engine_id=message.engine_id,
+                        local_blocks=message.local_blocks,
+                        remote_blocks=message.remote_blocks,
+                    )
+                )
             case CancelRead():
                 pull = self._pulls.get(message.transfer_id)
                 if pull is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_disagg.scheduler import wakeup
+from vllm_disagg.scheduler import arrivals, wakeup
 from vllm_disagg.seams import check_seams
 
 
@@ -19,6 +19,7 @@ def build(mixin: type, kwargs: dict[str, Any]) -> Any:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     wakeup.install()
+    arrivals.install()
     base = AsyncScheduler if kwargs["vllm_config"].scheduler_config.async_scheduling else Scheduler
     name = mixin.__name__.removesuffix("Mixin") + base.__name__.removesuffix("Scheduler") + "Scheduler"
     return type(name, (mixin, base), {"__module__": mixin.__module__})(**kwargs)

@@ -42,7 +42,7 @@ class SafetyMixin(_Base):
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """One step: first what has arrived or was given back since the last one."""
-        self._apply(self.connector.begin_step())
+        self._apply(self.connector.begin_step(num_running=len(self.running)))
         return super().schedule(*args, **kwargs)
 
     def _apply(self, reports: list[ReceiveReport]) -> None:
