@@ -382,6 +382,7 @@ class DecodeSide:
         """Its blocks hold its KV, and are the request's now (`lent`)."""
         assert fetch.settled is not None and not fetch.blocks
         fetch.num_tokens = num_external_tokens + 1  # the last one has come too
+        self._stats.count("vllm_disagg_kv_early_reads_total")
         self._received(fetch, fetch.settled)
         self._remove(fetch)
 

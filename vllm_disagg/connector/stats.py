@@ -32,6 +32,7 @@ HISTOGRAMS: dict[str, tuple[str, Sequence[float]]] = {
 }
 COUNTERS: dict[str, str] = {
     "vllm_disagg_kv_tokens_received_total": "Prompt tokens whose KV decode received instead of computing it.",
+    "vllm_disagg_kv_early_reads_total": "KV transfers that were over before the scheduler looked at their request.",
     "vllm_disagg_kv_late_reads_total": "Reads that ended after prefill had let the blocks go, and were dropped.",
 }
 LABELLED_COUNTERS: dict[str, tuple[str, str]] = {
