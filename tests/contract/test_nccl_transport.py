@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,8 +40,9 @@ def made() -> Iterator[Rig]:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give stuck connections up after half a second."""
-    for module in (nccl_wire, nccl_owner, nccl_reader):
+    for module in (nccl_owner, nccl_reader):
         monkeypatch.setattr(module, "STALL_S", 0.5)
+    monkeypatch.setattr(nccl_wire, "LIBRARY_S", 0.5)
 
 
 class Channel:
@@ -220,6 +225,42 @@ def test_a_reader_that_takes_nothing_is_dropped_and_holds_up_nobody(made: Rig) -
         wire.close()
     finally:
         lazy.close()
+
+
+READING = """
+import select
+import sys
+
+from vllm_disagg.testing.check_transport import finish, rig, states, whole
+from vllm_disagg.transport import nccl_owner, nccl_reader, open_transport
+
+nccl_owner.STALL_S = nccl_reader.STALL_S = 0.5
+while not select.select([sys.stdin], [], [], 0)[0]:
+    with rig(lambda name: open_transport("nccl", name)) as made:
+        reader, owner, peer = made.pair(8 << 20)
+        reader.transport.read(peer, whole(reader, owner))
+        assert states(finish(reader.transport)) == ["done"]
+    print("read", flush=True)
+"""
+
+
+def test_a_host_that_stands_still_blames_no_peer() -> None:
+    """Both ends connect and read again and again in a process that is stopped for longer than either waits."""
+    process = subprocess.Popen([sys.executable, "-c", READING], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None
+    with process:
+        try:
+            for begun_s in (0.02, 0.01, 0.03, 0.005, 0.015):
+                assert process.stdout.readline() == b"read\n"
+                time.sleep(begun_s)  # to somewhere within the next connection or read
+                process.send_signal(signal.SIGSTOP)
+                time.sleep(0.7)
+                process.send_signal(signal.SIGCONT)
+            process.stdin.close()
+
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
 
 
 def test_an_owner_that_has_closed_serves_nobody_who_was_connected(made: Rig) -> None:

@@ -7,15 +7,18 @@ registered memory:
     owner                                        reader
     serving thread: gather into a buffer    <--  link's thread: which runs it wants (authenticated channel)
                     send                    -->                 receive into a buffer
+                    tell that it is out     -->                 (authenticated channel)
                                                  poll:          scatter into registered memory
 
 A cancelled read therefore ends at once, whatever its peer does: `poll` is the only place that writes. The price are two
 more copies in memory; the gain is that a read of many runs is one message.
 
 The watchdog
-    A message, or a new connection, that takes longer than `STALL_S` ends the connection and every read on it. It is
-    found out by the link's own thread or the serving thread, which waits with a limit; nobody else waits for them. The
-    next read makes a new connection.
+    An owner that leaves a reader waiting for longer than `STALL_S` loses the connection and every read on it; the next
+    read makes a new connection. It is found out by the link's own thread; nobody else waits for it. It waits on the
+    channel, in short turns, so that a standstill of its own host is not taken for the owner's. It goes into the library
+    only for what it need not wait for, and so is never stuck in there: the owner tells when a message is out. The
+    owner's thread has to wait there for its reader, for `LIBRARY_S` at most, unless the reader hangs up before.
 
 Who may read
     The descriptor holds a CURVE key pair that the owner has made for this run: only its holder gets past the listener.

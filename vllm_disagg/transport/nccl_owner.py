@@ -25,19 +25,20 @@ from vllm_disagg.transport.nccl_wire import (
     Open,
     Opened,
     Put,
-    Ready,
+    Sent,
     Signal,
     Staging,
     ToOwner,
     Want,
     Wire,
 )
+from vllm_disagg.transport.patience import SLICE_S, Patience
 from vllm_disagg.transport.regions import RegionTable
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
-"""Of the frames and the descriptor. 1: the first."""
+VERSION = 2
+"""Of the frames and the descriptor. 1: the first. 2: the owner tells when a message is out, not when it begins."""
 
 _NUM_BUFFERS = 2
 _MAX_READERS = 256
@@ -205,6 +206,7 @@ class _Serving:
 
     def stop(self) -> None:
         """End soon."""
+        nccl_wire.let_go(self._thread)
         self.frames.put(None)
 
     def join(self, timeout_s: float) -> None:
@@ -216,12 +218,14 @@ class _Serving:
         self._owner.post(self._reader, Put(key=key, value=value))
 
     def wait(self, key: str) -> bytes:
-        deadline_s = time.monotonic() + STALL_S
+        patience = Patience(STALL_S)
         while key not in self._early:
             try:
-                frame = self.frames.get(timeout=max(0.001, deadline_s - time.monotonic()))
+                frame = self.frames.get(timeout=SLICE_S)
             except queue.Empty:
-                raise TransportError("the reader does not answer") from None
+                if patience.is_over():
+                    raise TransportError("the reader does not answer") from None
+                continue
             if not isinstance(frame, Put):
                 raise TransportError("the reader has gone")
             self._early[frame.key] = frame.value
@@ -256,23 +260,23 @@ class _Serving:
     def _serve(self, wire: Wire) -> None:
         staging = Staging(self._owner.memory, int(self._owner.regions.device_ids[0]))
         free: deque[Any] = deque(staging.buffer() for _ in range(_NUM_BUFFERS))
-        out: deque[tuple[Any, Any]] = deque()
+        out: deque[tuple[Any, Any, Sent]] = deque()
         while True:
+            while out and (not free or self.frames.empty()):
+                work, buffer, sent = out.popleft()
+                wire.finish(work)
+                self._owner.post(self._reader, sent)
+                free.append(buffer)
             frame = self.frames.get()
             match frame:
                 case Want():
                     addresses, lengths = _checked(frame, self._owner.regions)
-                    if not free:
-                        work, buffer = out.popleft()
-                        wire.finish(work)
-                        free.append(buffer)
                     buffer = free.popleft()
                     with self._owner.memory_lock:
                         if self._owner.is_closed:
                             return
                         message = staging.gather(buffer, addresses, lengths)
-                    self._owner.post(self._reader, Ready(number=frame.number, num_bytes=len(message)))
-                    out.append((wire.send(message), buffer))
+                    out.append((wire.send(message), buffer, Sent(number=frame.number, num_bytes=len(message))))
                 case Put():
                     continue
                 case _:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,8 @@ import zmq
 from vllm_disagg.errors import TransportError
 from vllm_disagg.transport import nccl_wire
 from vllm_disagg.transport.base import MemoryKind
-from vllm_disagg.transport.nccl_wire import STALL_S, Bye, Open, Opened, Put, Ready, Signal, Staging, Want, Wire
+from vllm_disagg.transport.nccl_wire import STALL_S, Bye, Open, Opened, Put, Sent, Signal, Staging, Want, Wire
+from vllm_disagg.transport.patience import SLICE_S, Patience
 from vllm_disagg.transport.regions import Runs
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,17 @@ class Place:
     reader_secret: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A message that the owner has been asked for, and what `Wire.finish` takes once it is out."""
+
+    number: int
+    num_bytes: int
+    chunk: Chunk
+    buffer: Any
+    work: Any
+
+
 @dataclass(slots=True)
 class _Shared:
     """What the two threads hand each other, under `lock`."""
@@ -79,14 +90,14 @@ class Link:
         self._peer, self._place, self._version = peer, place, version
         self._memory, self._device_id = memory, device_id
         self._shared = _Shared()
-        self._asked: deque[tuple[int, Chunk, Any]] = deque()
+        self._asked: deque[_Asked] = deque()
         self._number = 0
-        self._deadline_s = 0.0
+        self._patience = Patience(STALL_S)
         self._stopping = False
         self._opening = True
         self._early: dict[str, bytes] = {}
         self._proof: bytes | None = None
-        self._ready: deque[Ready] = deque()
+        self._sent: deque[Sent] = deque()
         self._signal = Signal()
         self._thread = threading.Thread(target=self._run, name="disagg-nccl-read", daemon=True)
         self._thread.start()
@@ -124,6 +135,7 @@ class Link:
 
     def close(self) -> None:
         """End soon; nobody waits for it."""
+        nccl_wire.let_go(self._thread)
         self._stopping = True
         self._signal.set()
 
@@ -152,6 +164,7 @@ class Link:
         with self._shared.lock:
             self._shared.error = error
         self._hang_up(context)
+        self._asked.clear()  # what is under way on the wire would keep it open
         if wire is not None:
             wire.close()
         self._signal.close()
@@ -178,8 +191,8 @@ class Link:
         context.destroy(linger=200)
 
     def _open(self) -> Wire:
-        """Make the communicator. Takes at most about `STALL_S`."""
-        self._deadline_s = time.monotonic() + STALL_S
+        """Make the communicator. Takes at most about `STALL_S`, apart from what the library waits for."""
+        self._patience.renew()
         proof = nccl_wire.new_proof()
         self._say(Open(version=self._version, proof=proof))
         while self._proof is None:
@@ -204,37 +217,43 @@ class Link:
         return self._early[key]
 
     def _turn(self, wire: Wire) -> None:
-        self._ask()
+        self._ask(wire)
         self._listen()
-        while self._ready:
-            self._receive(wire, self._ready.popleft())
+        while self._sent:
+            self._receive(wire, self._sent.popleft())
 
-    def _ask(self) -> None:
+    def _ask(self, wire: Wire) -> None:
+        if not self._asked:
+            self._patience.renew()
+        while (found := self._next()) is not None:
+            chunk, buffer = found
+            self._number += 1
+            num_bytes = int(chunk.runs.num_bytes.sum())
+            self._asked.append(_Asked(self._number, num_bytes, chunk, buffer, wire.receive(buffer[:num_bytes])))
+            columns = chunk.runs.remote.tobytes(), chunk.runs.num_bytes.tobytes()
+            self._say(Want(number=self._number, addresses=columns[0], lengths=columns[1]))
+
+    def _next(self) -> tuple[Chunk, Any] | None:
         with self._shared.lock:
-            while self._shared.waiting and self._shared.free:
-                self._number += 1
-                if not self._asked:
-                    self._deadline_s = time.monotonic() + STALL_S
-                self._asked.append((self._number, self._shared.waiting.popleft(), self._shared.free.popleft()))
-                runs = self._asked[-1][1].runs
-                self._say(Want(number=self._number, addresses=runs.remote.tobytes(), lengths=runs.num_bytes.tobytes()))
+            if not self._shared.waiting or not self._shared.free:
+                return None
+            return self._shared.waiting.popleft(), self._shared.free.popleft()
 
-    def _receive(self, wire: Wire, ready: Ready) -> None:
+    def _receive(self, wire: Wire, sent: Sent) -> None:
         if not self._asked:
             raise TransportError("the peer sends what nobody has asked for")
-        number, chunk, buffer = self._asked.popleft()
-        if (ready.number, ready.num_bytes) != (number, int(chunk.runs.num_bytes.sum())):
+        asked = self._asked.popleft()
+        if (sent.number, sent.num_bytes) != (asked.number, asked.num_bytes):
             raise TransportError("the peer answers another question")
-        wire.receive(buffer[: ready.num_bytes])
-        self._deadline_s = time.monotonic() + STALL_S
+        wire.finish(asked.work)
+        self._patience.renew()
         with self._shared.lock:
-            self._shared.arrived.append((chunk, buffer))
+            self._shared.arrived.append((asked.chunk, asked.buffer))
 
     def _listen(self) -> None:
         """Sleep until something happens, and hear what the owner says."""
         is_waiting = self._opening or bool(self._asked)
-        left_s = self._deadline_s - time.monotonic()
-        events = dict(self._poller.poll(max(0, int(left_s * 1000)) + 1 if is_waiting else None))
+        events = dict(self._poller.poll(int(SLICE_S * 1000) if is_waiting else None))
         if self._signal.fileno() in events:
             self._signal.clear()
         if self._stopping:
@@ -243,7 +262,7 @@ class Link:
             self._hear()
         elif self._monitor in events:
             raise TransportError("the peer is gone")
-        elif not events and is_waiting and time.monotonic() >= self._deadline_s:
+        elif not events and is_waiting and self._patience.is_over():
             raise TransportError(f"the peer has not answered within {STALL_S:g} s")
 
     def _hear(self) -> None:
@@ -263,8 +282,8 @@ class Link:
                     self._proof = frame.proof
                 case Put():
                     self._early[frame.key] = frame.value
-                case Ready():
-                    self._ready.append(frame)
+                case Sent():
+                    self._sent.append(frame)
                 case Bye():
                     raise TransportError(f"the peer has ended the connection: {frame.reason}")
 

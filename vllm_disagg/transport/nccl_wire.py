@@ -7,10 +7,12 @@ carries the bytes that the two libraries want to exchange over the authenticated
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import socket
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 
 from vllm_disagg.errors import ConfigError, TransportError
 from vllm_disagg.transport.base import MemoryKind
+from vllm_disagg.transport.patience import SLICE_S, Patience
 from vllm_disagg.transport.regions import Addresses
 
 CHUNK_BYTES = 4 << 20
@@ -31,8 +34,14 @@ CHUNK_BYTES = 4 << 20
 CHUNK_COPIES = 4096
 
 STALL_S = 5.0
-"""How long one message, or the whole making of a connection, may take before the connection is given up."""
+"""How long one end waits for an answer before it gives the connection up, not counting time in which its own host
+stood still."""
 
+LIBRARY_S = 20.0
+"""How long a thread of ours may be inside gloo or NCCL. Longer than `STALL_S`: they would count a standstill of this
+host, and end the connection. Only threads that may wait are ever in there."""
+
+_EXIT_S = 2.0
 _PROOF_BYTES = 32
 _MAX_FRAME_BYTES = 1 << 20
 _LINGER_MS = 200
@@ -70,8 +79,8 @@ class Want(_Frame, frozen=True):
     lengths: bytes
 
 
-class Ready(_Frame, frozen=True):
-    """Owner to reader: the message with this number comes next."""
+class Sent(_Frame, frozen=True):
+    """Owner to reader: the message with this number is out. To receive it does not take waiting for the owner."""
 
     number: int
     num_bytes: int
@@ -84,7 +93,7 @@ class Bye(_Frame, frozen=True):
 
 
 ToOwner = Open | Put | Want | Bye
-ToReader = Opened | Put | Ready | Bye
+ToReader = Opened | Put | Sent | Bye
 to_owner: msgspec.msgpack.Decoder[ToOwner] = msgspec.msgpack.Decoder(ToOwner)
 to_reader: msgspec.msgpack.Decoder[ToReader] = msgspec.msgpack.Decoder(ToReader)
 encode = msgspec.msgpack.encode
@@ -148,19 +157,19 @@ class Wire:
         self._number += 1
         return self._group.send([message], self._other, self._number)
 
-    def receive(self, message: Any) -> None:
-        """Wait for the next message, into this tensor."""
+    def receive(self, message: Any) -> Any:
+        """Start receiving the next message into this tensor. Returns what `finish` takes; drop it before `close`."""
         self._number += 1
-        self.finish(self._group.recv([message], self._other, self._number))
+        return self._group.recv([message], self._other, self._number)
 
     def finish(self, work: Any) -> None:
-        """Wait for a message to be out.
+        """Wait for a message to be out, or in.
 
         Raises:
-            TransportError: the other end is gone, or took longer than `STALL_S`.
+            TransportError: the other end is gone, or took longer than `LIBRARY_S`.
         """
         try:
-            work.wait(timedelta(seconds=STALL_S))
+            work.wait(timedelta(seconds=LIBRARY_S))
             if self._torch.cuda.is_available():
                 self._torch.cuda.current_stream().synchronize()
         except Exception as error:
@@ -183,9 +192,26 @@ class Wire:
             if turn == rank:
                 self.finish(self.send(ours))
             else:
-                self.receive(theirs)
+                self.finish(self.receive(theirs))
         if bytes(theirs.cpu().numpy()) != proofs[1]:
             raise TransportError("somebody else has answered at the peer's address")
+
+
+_leaving: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+def let_go(thread: threading.Thread) -> None:
+    """A thread that may be inside a library has been told to end; nobody need wait for it but the end of the process.
+    One that came out of the library after the interpreter is gone would abort it."""
+    _leaving.add(thread)
+
+
+@atexit.register
+def _await_the_leaving() -> None:
+    patience = Patience(_EXIT_S)
+    for thread in list(_leaving):
+        while thread.is_alive() and not patience.is_over():
+            thread.join(SLICE_S)
 
 
 def new_proof() -> bytes:
@@ -251,7 +277,7 @@ def _gloo(store: Any, rank: int, address: str) -> Any:
     from torch.distributed import ProcessGroupGloo
 
     options = ProcessGroupGloo._Options()
-    options._timeout = timedelta(seconds=STALL_S)
+    options._timeout = timedelta(seconds=LIBRARY_S)
     options._threads = 1
     options._devices = [ProcessGroupGloo.create_device(hostname=address)]
     return ProcessGroupGloo(store, rank, 2, options)

@@ -57,6 +57,7 @@ from vllm_disagg.transport.base import (
     State,
     TransferHandle,
 )
+from vllm_disagg.transport.patience import Patience
 from vllm_disagg.transport.regions import Addresses, RegionTable, Runs, batches, plan_copies
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ _WINDOW = 4
 """Batches under way per peer, and the most that one `poll` starts: 64 MiB."""
 
 _DRAIN_S = CANCEL_BOUND_S / 2
-"""How long batches of a cancelled read may take to end before their link is destroyed."""
+"""How long batches of a cancelled read may take before their link is destroyed, while this process is running."""
 
 _UCX_OPTIONS = "TCP_CONN_NB=y"
 """Connect without blocking: by default UCX waits for a TCP connection inside the call, over two minutes where the
@@ -173,8 +174,8 @@ class NixlTransport:
 
     def cancel(self, handle: TransferHandle) -> None:
         assert isinstance(handle, _Read)
-        if handle.cancelled_s is None:
-            handle.cancelled_s = self._clock()
+        if handle.drain is None:
+            handle.drain = Patience(_DRAIN_S, clock=self._clock)
 
     @property
     def num_active(self) -> int:
@@ -226,7 +227,7 @@ class NixlTransport:
         for read in [read for read in peer.reads if read.is_over]:
             peer.reads.remove(read)
             self._end(read, "cancelled" if read.waiting else "done")
-        if any(self._is_overdue(read) for read in peer.reads):
+        if any(read.drain is not None and read.drain.is_over() for read in peer.reads):
             self._drop(peer, f"the peer did not answer within {_DRAIN_S} s of a cancel")
 
     def _advance(self, peer: _Peer) -> str:
@@ -244,15 +245,12 @@ class NixlTransport:
     def _start_batches(self, peer: _Peer, link: _Link) -> None:
         budget = _WINDOW
         for read in peer.reads:
-            while read.waiting and read.cancelled_s is None:
+            while read.waiting and read.drain is None:
                 if budget == 0 or link.num_under_way >= _WINDOW:
                     return
                 budget -= 1
                 read.num_under_way += link.start(read, read.waiting[0])
                 read.waiting.popleft()
-
-    def _is_overdue(self, read: _Read) -> bool:
-        return read.cancelled_s is not None and self._clock() - read.cancelled_s > _DRAIN_S
 
     def _drop(self, peer: _Peer, error: str) -> None:
         """Destroy the peer's link, and only then end its reads: from here on nothing writes to their memory."""
@@ -263,7 +261,7 @@ class NixlTransport:
             peer.reads.clear()
         while peer.reads:
             read = peer.reads.popleft()
-            if read.cancelled_s is not None:
+            if read.drain is not None:
                 self._end(read, "cancelled")
             else:
                 self._end(read, "failed", error)
@@ -292,18 +290,19 @@ class NixlTransport:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class _Read:
-    """A read that has not ended: the batches still to start, and how many are under way."""
+    """A read that has not ended: the batches still to start, how many are under way, and, once it is cancelled, how
+    long those may take."""
 
     waiting: deque[Runs]
     num_bytes: int
     num_descriptors: int
     started_s: float
     num_under_way: int = 0
-    cancelled_s: float | None = None
+    drain: Patience | None = None
 
     @property
     def is_over(self) -> bool:
-        return self.num_under_way == 0 and (not self.waiting or self.cancelled_s is not None)
+        return self.num_under_way == 0 and (not self.waiting or self.drain is not None)
 
 
 @dataclass(slots=True, eq=False)
