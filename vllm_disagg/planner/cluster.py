@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from vllm_disagg.core.latency import LatencyModel, work_of
 from vllm_disagg.core.link import LINKS, Link
 from vllm_disagg.core.profile import Profile
+from vllm_disagg.core.scheduling.pace import L_M_SHARE
+from vllm_disagg.core.scheduling.pace import critical_length as critical_length
 from vllm_disagg.errors import ConfigError
 from vllm_disagg.sim.system import FirstToken
 
@@ -57,7 +58,7 @@ class EngineOptions:
     block_size: int = 16
     max_num_seqs: int = 1024
     chunk_budgets: tuple[int, ...] = (512, 2048, 8192)
-    l_m_share: float = 0.88
+    l_m_share: float = L_M_SHARE
     step_overhead_s: float = 0.0
     request_overhead_s: float = 0.0
     hop_s: float = 0.0
@@ -89,12 +90,3 @@ class Pool:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.price) and self.price > 0):
             raise ConfigError(f"the price of a device must be a positive number, not {self.price!r}")
-
-
-def critical_length(latency: LatencyModel, share: float, *, longest: int) -> int:
-    """L_m: the shortest prompt with which a device computes `share` of its most tokens per second (DistServe's section
-    3.1: beyond it, batching prompts brings little). Between 16 and `longest`, in steps of 16."""
-    lengths = range(16, max(longest, 16) + 1, 16)
-    rates = [length / max(latency.step_s(work_of([(0, length)])), 1e-12) for length in lengths]
-    wanted = share * max(rates)
-    return next(length for length, rate in zip(lengths, rates, strict=True) if rate >= wanted)

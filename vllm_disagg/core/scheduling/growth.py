@@ -1,0 +1,132 @@
+"""Whether one more request fits into the KV cache for all of its life, not only on its first step.
+
+A request's KV grows with every token it generates. Admitted by its prompt alone it may find the cache full later, and
+then somebody loses all KV and computes it again. So the lengths of past answers say how far each request will grow, and
+the most blocks that all of them will need at one time have to fit: the rule of the Past-Future scheduler (Gong et al.,
+ASPLOS 2025), with a quantile in place of its sampling.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+from collections.abc import Hashable, Iterable
+from typing import Final
+
+QUANTILE: Final = 0.75
+"""Of the lengths of past answers: what a request is expected to reach."""
+
+_WINDOW: Final = 512
+_ENOUGH: Final = 16
+_PRIOR: Final = 256
+_MAX_KEYS: Final = 256
+
+
+class OutputLengths:
+    """A running quantile of the lengths of answers, for each kind of request and for all of them.
+
+    A kind with too few answers is judged by all kinds; while those are too few as well, by `prior`. The most recent
+    `window` answers of a kind count; of kinds, the last `_MAX_KEYS` that had an answer.
+
+    Args:
+        quantile: between 0 and 1.
+        window: answers that are remembered of each kind.
+        prior: tokens that an answer is expected to have before anything is known.
+    """
+
+    def __init__(self, *, quantile: float = QUANTILE, window: int = _WINDOW, prior: int = _PRIOR) -> None:
+        self._quantile, self._window, self._prior = quantile, window, prior
+        self._kinds: dict[Hashable, _Window] = {}
+        self._all = _Window(window)
+
+    def add(self, kind: Hashable, length: int) -> None:
+        """An answer has come to its own end with so many tokens."""
+        window = self._kinds.pop(kind, None) or _Window(self._window)
+        self._kinds[kind] = window  # last in the dict's order: the one that was used last
+        while len(self._kinds) > _MAX_KEYS:
+            del self._kinds[next(iter(self._kinds))]
+        window.add(length)
+        self._all.add(length)
+
+    def remaining(self, kind: Hashable, *, generated: int, most: int) -> int:
+        """How many more tokens a request will generate.
+
+        The quantile is taken of those past answers that were longer than `generated`: what a request has already
+        reached is no longer in question.
+
+        Args:
+            kind: as in `add`.
+            generated: tokens it has.
+            most: tokens it may have in all, its `max_tokens`.
+
+        Returns:
+            Between 1 and what `most` leaves; 0 when nothing is left.
+        """
+        left = most - generated
+        if left <= 0:
+            return 0
+        window = self._kinds.get(kind)
+        if window is None or len(window) < _ENOUGH:
+            window = self._all
+        if len(window) < _ENOUGH:
+            expected = max(self._prior, 2 * generated)
+        else:
+            expected = window.above(generated, self._quantile) or generated + max(_ENOUGH, generated // 4)
+        return min(left, max(1, expected - generated))
+
+
+class _Window:
+    """The last lengths, sorted."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._order: deque[int] = deque()
+        self._sorted: list[int] = []
+
+    def add(self, length: int) -> None:
+        if len(self._order) == self._size:
+            del self._sorted[bisect.bisect_left(self._sorted, self._order.popleft())]
+        self._order.append(length)
+        bisect.insort(self._sorted, length)
+
+    def above(self, generated: int, quantile: float) -> int | None:
+        """The quantile of the lengths above `generated`; None where too few are."""
+        first = bisect.bisect_right(self._sorted, generated)
+        count = len(self._sorted) - first
+        if count < 1:
+            return None
+        return self._sorted[first + min(count - 1, int(quantile * count))]
+
+    def __len__(self) -> int:
+        return len(self._sorted)
+
+
+def peak_blocks(requests: Iterable[tuple[int, int]]) -> int:
+    """The most blocks that these requests hold at one time, if each generates a token per step and then leaves.
+
+    With the requests in falling order of what they still grow, the peak comes at the end of one of them: then it and
+    all that outlive it hold what they have now, and have grown by as much as it. The largest of these sums is the peak
+    (Past-Future's "future required memory", there in tokens).
+
+    Args:
+        requests: `(held, growth)` of each: blocks it holds now, blocks it will still take.
+    """
+    peak = held_in_all = 0
+    for count, (growth, held) in enumerate(sorted(((growth, held) for held, growth in requests), reverse=True), 1):
+        held_in_all += held
+        peak = max(peak, held_in_all + count * growth)
+    return peak
+
+
+def has_room(running: Iterable[tuple[int, int]], candidate: tuple[int, int], *, usable_blocks: int) -> bool:
+    """Whether one more request may be admitted.
+
+    An engine that has nothing to do admits it in any case: waiting would not make more room.
+
+    Args:
+        running: `(held, growth)` of the requests that hold blocks, as in `peak_blocks`.
+        candidate: the blocks that its prompt will hold, and its growth.
+        usable_blocks: what `running` hold plus what is free.
+    """
+    others = list(running)
+    return not others or peak_blocks([*others, candidate]) <= usable_blocks
