@@ -355,7 +355,7 @@ def emulate(measured: Measured, options: argparse.Namespace, folder: Path) -> Re
     profile, noise = profile_of(latency, steps), jitter(latency, steps)
     path = folder / "profile.json"
     path.write_text(json.dumps(profile_document(profile), indent=1))
-    flags = ("--emulate", str(path), BACKEND, "vllm_disagg.profiler.emulated.RecordingEmulatedExecutor")
+    flags = ("--emulate", str(path), "--emulate-host", "shown", BACKEND, "vllm_disagg.profiler.emulated.RecordingEmulatedExecutor")
     paces = {id(run): measured.pace_beside(index, latency) for index, run in enumerate(measured.runs)}
     runs = [run for run in measured.runs if is_undisturbed(run, latency)]
     left_out = len(measured.runs) - len(runs)

@@ -23,6 +23,16 @@ def test_a_step_takes_its_time_and_the_next_waits_for_it() -> None:
     assert clock.launch(1.0, 20.0) == 21.0
 
 
+def test_a_hidden_host_delays_no_step_that_goes_on() -> None:
+    clock = DeviceClock(hides_host=True)
+
+    assert clock.launch(2.0, 10.0) == 12.0
+    assert clock.launch(2.0, 12.5, goes_on=True) == 14.0
+    assert clock.launch(1.0, 14.5, goes_on=False) == 15.5  # the engine was idle
+    assert clock.launch(1.0, 19.0, goes_on=True) == 19.0  # the host needed 3.5, of which a step of 1 hides 1
+    assert DeviceClock().launch(1.0, 5.0, goes_on=True) == 6.0
+
+
 def test_stages_work_on_different_steps_at_once() -> None:
     clock = DeviceClock(num_stages=2)
 

@@ -20,6 +20,8 @@ class DeviceClock:
         overhead_s: added to every step.
         jitter: standard deviation of the logarithm of a factor on each step's time; its mean is 1.
         seed: of the jitter.
+        hides_host: a step begins when the one before it ends, as under asynchronous scheduling, if the host needed no
+            longer for what lies between them than that step took and the engine had work all the while.
     """
 
     def __init__(
@@ -30,24 +32,28 @@ class DeviceClock:
         overhead_s: float = 0.0,
         jitter: float = 0.0,
         seed: int = 0,
+        hides_host: bool = False,
     ) -> None:
+        self._hides_host, self._last_stage_s = hides_host, 0.0
         self._free_s = [0.0] * num_stages
         self._dilation, self._overhead_s, self._jitter = dilation, overhead_s, jitter
         self._random = random.Random(seed)  # noqa: S311 - timing noise
 
-    def launch(self, step_s: float, now_s: float) -> float:
+    def launch(self, step_s: float, now_s: float, *, goes_on: bool = False) -> float:
         """Hand a step to the device.
 
         Args:
             step_s: how long it takes at pipeline degree 1, by the profile.
             now_s: when.
+            goes_on: whether it continues requests of the last step, so that the engine had work all the while.
 
         Returns:
-            When the last stage has finished it, on the same clock. Steps finish in the order of their launch.
+            When the last stage has finished it, on the same clock; before `now_s` where the host was too slow. Steps finish in the order of their launch.
         """
         noise = math.exp(self._random.gauss(-(self._jitter**2) / 2, self._jitter)) if self._jitter else 1.0
         stage_s = (step_s * noise + self._overhead_s) * self._dilation / len(self._free_s)
-        at_s = now_s
+        at_s = now_s - (self._last_stage_s if self._hides_host and goes_on else 0.0)
+        self._last_stage_s = stage_s
         for stage, free_s in enumerate(self._free_s):
             at_s = max(at_s, free_s) + stage_s
             self._free_s[stage] = at_s

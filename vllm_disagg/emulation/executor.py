@@ -98,6 +98,7 @@ class EmulatedExecutor(Executor):
             overhead_s=settings.emulate_overhead_ms / 1e3,
             jitter=settings.emulate_jitter,
             seed=settings.emulate_seed,
+            hides_host=settings.emulate_host == "hidden",
         )
         shape = CacheShape(
             num_groups=settings.emulate_layer_groups,
@@ -161,7 +162,8 @@ class EmulatedExecutor(Executor):
             return _done(output) if non_block else output
         self._launched = launched
         self._num_steps += 1
-        launched.deadline_s = self._clock.launch(self._seconds(launched), now_s)
+        goes_on = bool(scheduler_output.scheduled_cached_reqs.req_ids)
+        launched.deadline_s = self._clock.launch(self._seconds(launched), now_s, goes_on=goes_on)
         self._forward(launched)
         if self._overlaps and not self._collects_late:
             self._collect(launched)

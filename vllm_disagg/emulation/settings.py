@@ -19,6 +19,7 @@ FAULTS_ENV: Final = "VLLM_DISAGG_FAULTS"
 
 LinkName = Literal["none", "nvlink", "pcie5", "200g", "25g"]
 HookOrder = Literal["v1", "v2"]
+HostTime = Literal["hidden", "shown"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,11 @@ class EmulationSettings:
     emulate_link_ledger: str = setting(
         "", "File in which the emulated engines of one host note when their links are busy. Default: each for itself."
     )
+    emulate_host: HostTime = setting(
+        "hidden",
+        "Whether what the host does between two steps delays the device: shown, as with synchronous scheduling on "
+        "CPUs, or hidden while it takes no longer than a step, as with asynchronous scheduling on GPUs.",
+    )
     emulate_overhead_ms: float = setting(0.0, "Device time added to every step, milliseconds.")
     emulate_jitter: float = setting(0.0, "Spread of step times: the standard deviation of their logarithm.")
     emulate_seed: int = setting(0, "Seed of the jitter.")
@@ -59,7 +65,7 @@ class EmulationSettings:
             raise ConfigError(f"--emulate-output-tokens must be at least 1, not {self.emulate_output_tokens}")
         if self.emulate_layer_groups < 1:
             raise ConfigError(f"--emulate-layer-groups must be at least 1, not {self.emulate_layer_groups}")
-        for name, kind in (("emulate_link", LinkName), ("emulate_hook_order", HookOrder)):
+        for name, kind in (("emulate_link", LinkName), ("emulate_hook_order", HookOrder), ("emulate_host", HostTime)):
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(
                     f"--{name.replace('_', '-')} must be one of {', '.join(get_args(kind))}, "
