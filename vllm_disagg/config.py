@@ -17,6 +17,8 @@ Role = Literal["prefill", "decode"]
 TransportName = Literal["nixl", "nccl", "loopback"]
 TransportChoice = Literal["auto", "nixl", "nccl", "loopback"]
 
+VerifyMode = Literal["off", "sample", "full"]
+
 _WILDCARDS = ("", "*", "0.0.0.0")  # noqa: S104 - refused
 
 ROLES: tuple[str, ...] = get_args(Role)
@@ -63,6 +65,11 @@ class EngineSettings:
         "Begin to fetch KV when a request arrives at a busy decode instance, into blocks set aside for that, instead "
         "of when the scheduler next looks: saves about one decode step of each first token.",
     )
+    verify: VerifyMode = setting(
+        "off",
+        "Compare the content of KV blocks after their transfer: full compares all, sample about one in sixteen and "
+        "each prompt's last, off none. A difference is a failed transfer. Set on prefill; the handoff tells decode.",
+    )
     key_file: str | None = setting(
         None,
         "File with the deployment key, the same on all engines of a deployment. "
@@ -72,6 +79,7 @@ class EngineSettings:
     def __post_init__(self) -> None:
         _one_of("kv role", self.role, ROLES)
         _one_of("kv transport", self.transport, get_args(TransportChoice))
+        _one_of("kv verify", self.verify, get_args(VerifyMode))
         _positive("kv lease", self.lease_s)
         _positive("kv pull timeout", self.pull_timeout_s)
         _port("kv control port", self.control_port)

@@ -11,9 +11,9 @@ import functools
 import os
 import socket
 from argparse import ArgumentParser, Namespace
-from typing import Any
+from typing import Any, get_args
 
-from vllm_disagg.config import ROLES, EngineSettings, default_of, help_of
+from vllm_disagg.config import ROLES, EngineSettings, VerifyMode, default_of, help_of
 from vllm_disagg.connector.support import UNSUPPORTED_EXECUTORS
 from vllm_disagg.core.keys import load_key
 from vllm_disagg.emulation import flags as emulation
@@ -32,6 +32,7 @@ _FLAGS: dict[str, tuple[str, type | None]] = {
     "lease_s": ("--kv-lease-s", float),
     "pull_timeout_s": ("--kv-pull-timeout-s", float),
     "early_reads": ("--kv-early-reads", bool),
+    "verify": ("--kv-verify", None),
     "key_file": ("--kv-key-file", str),
 }
 _CONFLICTS: dict[str, str] = {
@@ -44,8 +45,8 @@ _CONFLICTS: dict[str, str] = {
 }
 """Fields that mean something else than `--kv-role` does, and their flags."""
 
-_TRANSPORTS = ("auto", "nixl", "nccl")
-"""`loopback` stays inside one process: for tests."""
+_CHOICES: dict[str, tuple[str, ...]] = {"transport": ("auto", "nixl", "nccl"), "verify": get_args(VerifyMode)}
+"""What the flags without a type accept. The transport `loopback` stays inside one process: for tests."""
 
 
 def add_flags(parser: ArgumentParser) -> ArgumentParser:
@@ -58,7 +59,7 @@ def add_flags(parser: ArgumentParser) -> ArgumentParser:
         default = default_of(EngineSettings, name)
         text = help_of(EngineSettings, name) + ("" if default is None else f" (default: {default})")
         if kind is None:
-            group.add_argument(flag, choices=list(_TRANSPORTS), default=argparse.SUPPRESS, help=text)
+            group.add_argument(flag, choices=list(_CHOICES[name]), default=argparse.SUPPRESS, help=text)
         elif kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:

@@ -8,8 +8,6 @@
     |-- IncompatiblePeer       two engines do not fit; both refuse at the handshake and name the factor
     |-- TransferError          this request recomputes its prompt on the decode instance
     |   |-- InvalidHandoff     the handoff is malformed, forged, or belongs to another prompt
-    |   |-- LeaseExpired       prefill let the blocks go before decode had read them
-    |   |-- PullTimeout        the blocks did not arrive by the deadline
     |   `-- TransportError     the transport or its peer failed
     |-- InstanceError          one engine cannot serve this request; the proxy tries another
     `-- LaunchError            a process of `vllm-disagg up` did not start or died
@@ -18,6 +16,8 @@ User input raises these. Inside the engine's loop failures travel as data (`fail
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 
 class DisaggError(Exception):
@@ -54,25 +54,13 @@ class IncompatiblePeer(DisaggError):
 class TransferError(DisaggError):
     """The KV of one request did not arrive. That request recomputes; `cause` is its label in the metrics."""
 
-    cause = "transfer"
+    cause: ClassVar[str]
 
 
 class InvalidHandoff(TransferError):
     """The handoff cannot be trusted or is not for this request."""
 
     cause = "invalid_handoff"
-
-
-class LeaseExpired(TransferError):
-    """Prefill let the blocks go before decode had proven its read."""
-
-    cause = "lease_expired"
-
-
-class PullTimeout(TransferError):
-    """The blocks did not arrive by the pull deadline."""
-
-    cause = "pull_timeout"
 
 
 class TransportError(TransferError):

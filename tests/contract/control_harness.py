@@ -141,6 +141,7 @@ class Decode:
             keys=keys,
             fingerprint=fingerprint or FINGERPRINT,
             worker_links=[worker.endpoint for worker in self.workers],
+            tp_ranks=range(ranks),
             pull_timeout_s=pull_timeout_s,
             on_report=lambda: None,
         )
@@ -153,7 +154,7 @@ class Decode:
             connect: ConnectPeer = worker.wait_for(ConnectPeer)
             assert {rank.descriptor for rank in connect.ranks} == {b"secret"}
             worker.say(PeerState(engine_id=handoff.engine_id))
-        eventually(lambda: self.control.peer_phase(handoff.engine_id) == "ready", "pairing")
+        eventually(lambda: self.control.readiness(handoff)[0] == "ready", "pairing")
 
     def expect(self, handoff: Handoff) -> None:
         self.control.expect(handoff.transfer_id)
@@ -181,7 +182,7 @@ class Decode:
 
 
 @contextmanager
-def engines(decode: Decode, *prefills: Prefill) -> Iterator[None]:
+def engines(decode: Decode, *prefills: Any) -> Iterator[None]:
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ import threading
 import time
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
 from control_harness import BLOCKS, FINGERPRINT, KEYS, STRANGER, Decode, Prefill, engines, eventually, free_port
@@ -19,14 +20,16 @@ from vllm_disagg.connector.messages import (
     DisconnectPeer,
     PeerState,
     Progress,
+    ReadEnded,
     Release,
     Released,
 )
 from vllm_disagg.connector.pull import Drained, Settled
-from vllm_disagg.connector.secure import client_socket
+from vllm_disagg.connector.secure import client_socket, server_socket, start_authenticator
 from vllm_disagg.connector.tally import LATE_READS, MAX_LABELS, OTHER, Tally
-from vllm_disagg.core.handoff import Handoff
-from vllm_disagg.core.types import EngineId, TransferId, new_transfer_id
+from vllm_disagg.core.handoff import HANDOFF_VERSION, Handoff
+from vllm_disagg.core.types import EngineId, TransferId, new_nonce, new_transfer_id
+from vllm_disagg.core.verify import DigestJob, HeadSums, packed
 from vllm_disagg.errors import ConfigError
 
 
@@ -178,8 +181,8 @@ def test_engines_that_do_not_fit_refuse_each_other_and_name_the_factor(caplog: p
     with engines(decode, prefill):
         handoff = prefill.hold()
         decode.control.announce(handoff)
-        eventually(lambda: decode.control.peer_phase(handoff.engine_id) == "failed", "refusal")
-        assert decode.control.peer_cause(handoff.engine_id) == "incompatible"
+        eventually(lambda: decode.control.readiness(handoff)[0] == "failed", "refusal")
+        assert decode.control.readiness(handoff)[1] == "incompatible"
         assert "dtype is 'bfloat16' on prefill and 'float32' on decode" in caplog.text
 
 
@@ -206,9 +209,9 @@ def test_one_worker_that_cannot_read_is_enough_to_give_a_prefill_up(
         decode.workers[0].say(PeerState(engine_id=handoff.engine_id))
         decode.workers[1].say(PeerState(engine_id=handoff.engine_id, error="heads 4-7 are missing", misfit=misfit))
 
-        eventually(lambda: decode.control.peer_phase(handoff.engine_id) == "failed", "refusal")
+        eventually(lambda: decode.control.readiness(handoff)[0] == "failed", "refusal")
 
-        assert decode.control.peer_cause(handoff.engine_id) == cause
+        assert decode.control.readiness(handoff)[1] == cause
         assert "heads 4-7 are missing" in caplog.text
         decode.workers[0].wait_for(DisconnectPeer)
 
@@ -219,9 +222,9 @@ def test_an_engine_restarted_on_the_same_port_is_not_taken_for_the_old_one() -> 
         stale = changed(prefill.hold(), engine_id=EngineId("earlier"))
         decode.control.announce(stale)
 
-        eventually(lambda: decode.control.peer_phase(stale.engine_id) == "failed", "refusal")
+        eventually(lambda: decode.control.readiness(stale)[0] == "failed", "refusal")
 
-        assert decode.control.peer_cause(stale.engine_id) == "peer_lost"
+        assert decode.control.readiness(stale)[1] == "peer_lost"
 
 
 def test_a_prefill_that_dies_fails_its_pulls_at_once_and_the_next_one_pairs() -> None:
@@ -245,10 +248,10 @@ def test_an_address_where_nobody_listens_costs_the_handshake_time_only() -> None
         handoff = changed(prefill.hold(), control=f"tcp://127.0.0.1:{free_port()}")
         decode.control.announce(handoff)
         begun_s = time.monotonic()
-        while decode.control.peer_phase(handoff.engine_id) != "failed":
+        while decode.control.readiness(handoff)[0] != "failed":
             assert time.monotonic() - begun_s < 6.0
             threading.Event().wait(0.01)
-        assert decode.control.peer_cause(handoff.engine_id) == "handshake_timeout"
+        assert decode.control.readiness(handoff)[1] == "handshake_timeout"
 
 
 def test_workers_serve_peers_only_while_somebody_may_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +362,7 @@ def test_waiting_for_a_prefill_that_is_gone_costs_no_processor_time() -> None:
         waiting = prefill.hold()
         decode.pair_with(waiting)
         prefill.close()
-        eventually(lambda: decode.control.peer_phase(waiting.engine_id) == "failed", "the loss")
+        eventually(lambda: decode.control.readiness(waiting)[0] == "failed", "the loss")
         eventually(lambda: time.monotonic() > decode.control._peers[waiting.engine_id].retry_at_s, "the back-off")
 
         assert processor_seconds_of_half_a_second() < 0.1
@@ -374,7 +377,7 @@ def test_a_prefill_that_says_nothing_is_given_up_as_a_whole_and_tried_again_late
         decode.control.announce(second)
         prefill.control.stop()  # answers nothing from here on; a listener keeps the port, as the kernel would
         handoffs = [first, second]
-        eventually(lambda: decode.control.peer_phase(first.engine_id) == "failed", "the loss")
+        eventually(lambda: decode.control.readiness(first)[0] == "failed", "the loss")
         for handoff in handoffs:
             decode.expect(handoff)
             report: Settled = eventually(lambda handoff=handoff: decode.reports_of(handoff.transfer_id))[0]
@@ -446,12 +449,12 @@ def test_each_misfit_is_refused_at_once_by_name_on_both_sides_and_harms_nobody(
         decode.pair_with(kept := prefill.hold())
         begun_s = time.monotonic()
         decode.control.announce(refused := misfit.hold())
-        eventually(lambda: decode.control.peer_phase(refused.engine_id) == "failed", "refusal")
+        eventually(lambda: decode.control.readiness(refused)[0] == "failed", "refusal")
         refused_s = time.monotonic() - begun_s
         print(f"{factor}: refused in {1000 * refused_s:.1f} ms")
 
         assert refused_s < 5.0  # some milliseconds; the machine may freeze for a second
-        assert decode.control.peer_cause(refused.engine_id) == "incompatible"
+        assert decode.control.readiness(refused)[1] == "incompatible"
         ours = FITTING.get(factor, str(messages.PROTOCOL_VERSION))
         assert f"{factor} is {value!r} here and {ours!r} at the peer" in caplog.text  # prefill's words
         assert f"{factor} is {value!r} on prefill and {ours!r} on decode" in caplog.text
@@ -470,11 +473,11 @@ def test_another_deployment_key_is_refused_at_once_on_both_sides(caplog: pytest.
         handoff = prefill.hold()
         begun_s = time.monotonic()
         stranger.control.announce(handoff)
-        eventually(lambda: stranger.control.peer_phase(handoff.engine_id) == "failed", "refusal")
+        eventually(lambda: stranger.control.readiness(handoff)[0] == "failed", "refusal")
         print(f"deployment key: refused in {1000 * (time.monotonic() - begun_s):.1f} ms")
 
         assert time.monotonic() - begun_s < 5.0
-        assert stranger.control.peer_cause(handoff.engine_id) == "incompatible"
+        assert stranger.control.readiness(handoff)[1] == "incompatible"
         assert "the deployment key differs" in caplog.text
         assert refusals(stranger.control) == {"deployment key": 1}
         eventually(lambda: "without this deployment's key" in caplog.text, "prefill's line")
@@ -493,3 +496,163 @@ def test_what_a_peer_says_adds_only_so_many_series() -> None:
     assert len(taken) == MAX_LABELS + 1
     assert taken["metric", OTHER] == 10
     assert tally.take() == {}
+
+
+# Who may say what.
+
+
+class Impostor:
+    """A prefill engine that holds the deployment key and answers what it likes."""
+
+    def __init__(self, engine_id: EngineId) -> None:
+        self.engine_id = engine_id
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.authenticator = start_authenticator(self.context, KEYS)
+        self.router = server_socket(self.context, zmq.ROUTER, KEYS)
+        self.address = f"tcp://127.0.0.1:{self.router.bind_to_random_port('tcp://127.0.0.1')}"
+        self.sender = b""
+
+    def handoff(self) -> Handoff:
+        return Handoff(
+            version=HANDOFF_VERSION, transfer_id=new_transfer_id(), engine_id=self.engine_id, control=self.address,
+            block_ids=BLOCKS, num_tokens=40, prompt_digest=b"", lease_s=30.0, nonce=new_nonce(),
+        )  # fmt: skip
+
+    def greeted(self) -> None:
+        assert self.router.poll(5000)
+        self.sender, _ = self.router.recv_multipart()
+
+    def say(self, message: messages.FromPrefill) -> None:
+        self.router.send_multipart([self.sender, messages.encode(message)])
+
+    def close(self) -> None:
+        self.authenticator.stop()
+        self.context.destroy(linger=0)
+
+
+def test_an_engine_that_says_it_is_another_one_is_not_read_from() -> None:
+    decode, impostor = Decode(), Impostor(EngineId("honest"))
+    with engines(decode, impostor):
+        handoff = impostor.handoff()
+        decode.control.announce(handoff)
+        impostor.greeted()
+        impostor.say(messages.Welcome(engine_id=EngineId("another"), ranks=()))
+
+        eventually(lambda: decode.control.readiness(handoff) == ("failed", "peer_lost"), "refusal")
+        assert not [item for item in decode.workers[0].hear() if isinstance(item, ConnectPeer)]
+
+
+@pytest.mark.parametrize("lie", ["released", "lost"])
+def test_an_engine_has_no_say_in_transfers_of_another_one(lie: str) -> None:
+    prefill, decode, impostor = Prefill(), Decode(), Impostor(EngineId("other"))
+    with engines(decode, prefill, impostor):
+        handoff = prefill.hold()
+        decode.pair_with(handoff)
+        decode.control.announce(impostor.handoff())
+        impostor.greeted()
+        held = prefill.holds.release
+        prefill.holds.release = lambda *_: time.sleep(0.5) or held(*_)  # type: ignore[method-assign]
+        decode.expect(handoff)
+        if lie == "lost":
+            impostor.say(messages.Renewed(engine_id=impostor.engine_id, lost=(handoff.transfer_id,)))
+            time.sleep(0.2)
+        decode.read_ends(handoff.transfer_id)
+        if lie == "released":
+            time.sleep(0.1)
+            impostor.say(Released(transfer_id=handoff.transfer_id, ok=False))
+
+        assert decode.report(Settled).result == "received"
+
+
+# Digests.
+
+
+def digested(transfer_id: TransferId, number: int, *, error: str = "") -> messages.BlocksDigested:
+    sums = () if error else (HeadSums(0, 0, packed([number, number])),)
+    return messages.BlocksDigested(transfer_id=transfer_id, sums=sums, error=error)
+
+
+def verified_hold(prefill: Prefill) -> Handoff:
+    handoff = msgspec.structs.replace(prefill.hold(), verify="full")
+    prefill.control.granted(
+        DigestJob(transfer_id=handoff.transfer_id, nonce=handoff.nonce, places=(0, 1), blocks=BLOCKS)
+    )
+    order: messages.DigestBlocks = prefill.workers[0].wait_for(messages.DigestBlocks)
+    assert order.job.blocks == BLOCKS
+    return handoff
+
+
+def read_with_digest(decode: Decode, handoff: Handoff, number: int) -> None:
+    decode.pair_with(handoff)
+    decode.expect(handoff)
+    sums = (HeadSums(0, 0, packed([number, number])),)
+    decode.workers[0].say(
+        ReadEnded(transfer_id=handoff.transfer_id, num_bytes=100, num_descriptors=2, seconds=0.01, sums=sums)
+    )
+
+
+@pytest.mark.parametrize(("number", "result"), [(7, "received"), (8, "failed")])
+def test_a_release_waits_for_the_digests_and_decode_compares_them(number: int, result: str) -> None:
+    prefill, decode = Prefill(), Decode()
+    with engines(decode, prefill):
+        handoff = verified_hold(prefill)
+        read_with_digest(decode, handoff, 7)
+        time.sleep(0.3)
+        assert decode.reports_of(handoff.transfer_id) == []
+        assert len(prefill.holds) == 1
+
+        prefill.workers[0].say(digested(handoff.transfer_id, number))
+
+        settled: Settled = decode.report(Settled)
+        assert (settled.result, settled.cause) == (result, None if result == "received" else "kv_mismatch")
+        assert len(prefill.holds) == 0
+
+
+def test_digests_that_cannot_be_made_vouch_for_nothing() -> None:
+    prefill, decode = Prefill(), Decode()
+    with engines(decode, prefill):
+        handoff = verified_hold(prefill)
+        prefill.workers[0].say(digested(handoff.transfer_id, 0, error="no memory"))
+        read_with_digest(decode, handoff, 0)
+
+        assert decode.report(Settled).cause == "kv_mismatch"
+
+
+def test_a_hold_that_ends_while_its_digests_are_made_is_not_confirmed() -> None:
+    prefill, decode = Prefill(), Decode()
+    with engines(decode, prefill):
+        handoff = verified_hold(prefill)
+        read_with_digest(decode, handoff, 7)
+        time.sleep(0.2)
+        prefill.holds.forbid(handoff.transfer_id)
+        prefill.control.granted()  # any event
+
+        assert decode.report(Settled).cause == "lease_expired"
+        assert prefill.control._vouchers == {}
+
+
+# Pairs whose reads fail.
+
+
+def test_after_a_read_that_took_too_long_requests_are_declined_until_a_probe_is_proven() -> None:
+    prefill, decode = Prefill(lease_s=1.2), Decode(pull_timeout_s=0.8)
+    with engines(decode, prefill):
+        first = prefill.hold()
+        decode.pair_with(first)
+        decode.expect(first)
+        assert decode.report(Settled).cause == "pull_timeout"  # renewals are answered all the time: it is not silent
+        refused = prefill.hold()
+        decode.control.announce(refused)
+        eventually(lambda: decode.control.readiness(refused) == ("failed", "peer_resting"), "quarantine")
+        time.sleep(1.1)
+
+        probe, other = prefill.hold(), prefill.hold()
+        decode.control.announce(probe)
+        decode.control.announce(other)
+        eventually(lambda: decode.control.readiness(probe)[0] == "ready", "the probe")
+        eventually(lambda: decode.control.readiness(other) == ("failed", "peer_resting"), "the others' refusal")
+        decode.expect(probe)
+        decode.read_ends(probe.transfer_id)
+
+        eventually(lambda: any(item.result == "received" for item in decode.reports_of(probe.transfer_id)), "the proof")
+        assert decode.control.readiness(other)[0] == "ready"

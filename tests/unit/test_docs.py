@@ -13,10 +13,12 @@ from typing import Any, get_args
 import click
 import pytest
 
-from vllm_disagg import cli, engine_flags
+from vllm_disagg import cli, engine_flags, errors
 from vllm_disagg.config import EngineSettings, ProxySettings, default_of
+from vllm_disagg.connector import pull
 from vllm_disagg.connector.holds import HoldEvent
 from vllm_disagg.connector.peers import HELLO_TIMEOUT_S
+from vllm_disagg.core import lifetime
 from vllm_disagg.core.policy import LOCAL_REASONS, REFUSE_REASONS
 from vllm_disagg.emulation.settings import EmulationSettings
 from vllm_disagg.frontend import RELEASE_TIMEOUT_S
@@ -198,27 +200,20 @@ def test_metrics_of_the_proxy() -> None:
     assert columns("docs/metrics.md", "## The proxy") == kinds
 
 
+def test_steps_of_lives() -> None:
+    """`docs/transfer.md` lists and draws exactly the transitions there are."""
+    for heading, table in (("## On prefill", lifetime.PREFILL), ("## On decode", lifetime.DECODE)):
+        text = section("docs/transfer.md", heading)
+        rows = {(row[0].strip("`"), row[1].strip("`")): row[2].strip("`") for row in tables(text)[0]}
+        drawn = set(re.findall(r"^ +(\S+) --> (\S+): (\w+)$", text, re.MULTILINE))
+
+        assert rows == {(item.before or "(new)", item.event): item.after for item in table}
+        assert drawn == {(item.before or "[*]", item.after, item.event) for item in table}
+
+
 def failure_causes() -> set[str]:
-    """Every string that the connector gives as the cause of a failure, and those of the exceptions."""
-    found: set[str] = set()
-    for tree in [*trees(PACKAGE / "connector"), ast.parse((PACKAGE / "errors.py").read_text(encoding="utf-8"))]:
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call):
-                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-                if name in ("_lose", "fail", "_give_up", "settled"):
-                    found |= {
-                        text for argument in node.args[1 if name != "fail" else 0 :] for text in texts_in(argument)
-                    }
-                found |= {text for word in node.keywords if word.arg == "cause" for text in texts_in(word.value)}
-            elif isinstance(node, ast.Assign):
-                targets = {getattr(target, "attr", getattr(target, "id", "")) for target in node.targets}
-                if targets & {"cause", "refused"} or (
-                    "error" in targets and isinstance(node.targets[0], ast.Attribute)
-                ):
-                    found |= texts_in(node.value)
-            elif isinstance(node, ast.FunctionDef) and node.name == "peer_cause":
-                found |= {text for item in ast.walk(node) if isinstance(item, ast.Return) for text in texts_in(item)}
-    return {text for text in found if re.fullmatch(r"[a-z_]+", text)} - {"received", "failed", "cancelled"}
+    """Every cause that a transfer's failure is counted under, and `client_left`, which is not."""
+    return {*get_args(pull.Cause), errors.InvalidHandoff.cause, errors.TransportError.cause}
 
 
 def test_causes_of_failed_transfers() -> None:

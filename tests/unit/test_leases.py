@@ -151,7 +151,8 @@ def test_blocks_of_a_hold_are_given_back_exactly_once_whatever_ends_it() -> None
     assert holds.take_freed() == [BLOCKS, ((7,),)]
     assert holds.take_freed() == []
     assert len(wakes) == 2
-    assert holds.take_events() == {"granted": 2, "released": 1, "forbidden": 1}
+    labels = {transition.label: count for transition, count in holds.lives.take().items()}
+    assert labels == {"prefilling.granted": 2, "held.released": 1, "held.forbidden": 1}
 
 
 def test_expiry_frees_and_wakes() -> None:

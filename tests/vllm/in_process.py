@@ -30,7 +30,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_disagg import scheduler as factories
-from vllm_disagg.config import EngineSettings, Role
+from vllm_disagg.config import EngineSettings, Role, VerifyMode
 from vllm_disagg.connector.facade import DisaggConnector
 from vllm_disagg.connector.stats import TransferStats
 from vllm_disagg.core.keys import create_key_file
@@ -50,7 +50,14 @@ _numbers = itertools.count()
 
 @functools.cache
 def vllm_config(
-    role: Role, key_file: Path, control_port: int, lease_s: float, pull_timeout_s: float, tp: int = 1, pp: int = 1
+    role: Role,
+    key_file: Path,
+    control_port: int,
+    lease_s: float,
+    pull_timeout_s: float,
+    tp: int = 1,
+    pp: int = 1,
+    verify: VerifyMode = "off",
 ) -> VllmConfig:
     register()
     settings = EngineSettings(
@@ -59,6 +66,7 @@ def vllm_config(
         control_port=control_port,
         lease_s=lease_s,
         pull_timeout_s=pull_timeout_s,
+        verify=verify,
         key_file=str(key_file),
     )
     transfer = KVTransferConfig(
@@ -176,8 +184,9 @@ class Engine:
         pull_timeout_s: float = 10.0,
         tp: int = 1,
         pp: int = 1,
+        verify: VerifyMode = "off",
     ) -> Engine:
-        config = vllm_config(role, key_file, control_port, lease_s, pull_timeout_s, tp, pp)
+        config = vllm_config(role, key_file, control_port, lease_s, pull_timeout_s, tp, pp, verify)
         config.kv_transfer_config.engine_id = f"{role}-{next(_numbers)}"
         scheduler = build_scheduler(role, config)
         ranks = [Rank.start(config, rank=rank, tp=tp, pp=pp) for rank in range(tp * pp)]
@@ -342,12 +351,15 @@ class Pair:
         *,
         prefill: tuple[int, int] = (1, 1),
         decode: tuple[int, int] = (1, 1),
+        verify: VerifyMode = "off",
         **settings: float,
     ) -> None:
         key_file = folder / "key"
         create_key_file(key_file)
         port = free_port()
-        self.prefill = Engine.start("prefill", key_file, control_port=port, tp=prefill[0], pp=prefill[1], **settings)
+        self.prefill = Engine.start(
+            "prefill", key_file, control_port=port, tp=prefill[0], pp=prefill[1], verify=verify, **settings
+        )
         self.decode = Engine.start("decode", key_file, control_port=port, tp=decode[0], pp=decode[1], **settings)
 
     def prefilled(self, token_ids: list[int]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from vllm_disagg.connector.messages import (
     Welcome,
 )
 from vllm_disagg.connector.peers import Peer, PeerPhase
-from vllm_disagg.connector.pull import Drained, Pull, Result, Settled
+from vllm_disagg.connector.pull import Cause, Drained, Pull, Result, Settled
 from vllm_disagg.connector.secure import CurveKeys, client_socket, send_now
 from vllm_disagg.connector.tally import (
     KEY_FACTOR,
@@ -73,6 +73,7 @@ class DecodeControl:
         keys: the deployment's CURVE keys.
         fingerprint: what a prefill engine must have in common with us.
         worker_links: endpoints of our workers.
+        tp_ranks: which tensor-parallel index each of them has.
         pull_timeout_s: from `expect` to the last moment at which a pull settles.
         on_report: called on this thread when `take_reports` has something to return.
     """
@@ -83,11 +84,12 @@ class DecodeControl:
         keys: CurveKeys,
         fingerprint: Mapping[str, str],
         worker_links: Sequence[str],
+        tp_ranks: Sequence[int],
         pull_timeout_s: float,
         on_report: Callable[[], None],
     ) -> None:
         self._keys, self._fingerprint = keys, dict(fingerprint)
-        self._pull_timeout_s = pull_timeout_s
+        self._pull_timeout_s, self._tp_ranks = pull_timeout_s, tuple(tp_ranks)
         self._on_report = on_report
         self._orders: Mailbox[Order] = Mailbox()
         self._reports: deque[Report] = deque()
@@ -120,23 +122,26 @@ class DecodeControl:
         """A request with this handoff has arrived: connect to its prefill engine and keep its lease alive."""
         self._orders.put(functools.partial(self._announced, handoff))
 
-    def peer_phase(self, engine_id: EngineId) -> PeerPhase:
-        """Whether that engine can be read from now; `greeting` for one that was only just announced."""
-        peer = self._peers.get(engine_id)
-        return "greeting" if peer is None else peer.phase
+    def readiness(self, handoff: Handoff) -> tuple[PeerPhase, Cause]:
+        """Whether this transfer can be read from its engine now, and if not, why: a metric label."""
+        peer = self._peers.get(handoff.engine_id)
+        if peer is None:
+            return "greeting", "peer_unreachable"
+        if peer.phase == "ready" and peer.quarantine.is_resting:
+            if handoff.transfer_id not in self._pulls:
+                return "greeting", "peer_resting"  # its announcement is on its way, and may make it the probe
+            if peer.quarantine.probe != handoff.transfer_id:
+                return "failed", "peer_resting"
+        return peer.phase, peer.cause or "peer_unreachable"
 
-    def peer_cause(self, engine_id: EngineId) -> str:
-        """Why that engine cannot be read from: a metric label."""
-        peer = self._peers.get(engine_id)
-        return peer.cause if peer is not None and peer.cause else "peer_unreachable"
+    def expect(self, transfer_id: TransferId, *, first_block: int = 0) -> None:
+        """The workers get this read with the coming step; a `Settled` follows, by the pull deadline at the latest. Of
+        the prompt's blocks those from `first_block` on are read."""
+        self._orders.put(functools.partial(self._expected, transfer_id, first_block))
 
-    def expect(self, transfer_id: TransferId) -> None:
-        """The workers get this read with the coming step; a `Settled` follows, by the pull deadline at the latest."""
-        self._orders.put(functools.partial(self._expected, transfer_id))
-
-    def begin(self, read: BeginRead) -> None:
+    def begin(self, read: BeginRead, *, first_block: int = 0) -> None:
         """Have the workers begin this read at once; else like `expect`."""
-        self._orders.put(functools.partial(self._begun, read))
+        self._orders.put(functools.partial(self._begun, read, first_block))
 
     def cancel(self, transfer_id: TransferId) -> None:
         """The client of an expected pull has left. Its `Settled` comes at once."""
@@ -183,13 +188,17 @@ class DecodeControl:
 
     def _announced(self, handoff: Handoff) -> None:
         now_s = time.monotonic()
+        peer = self._peers.get(handoff.engine_id)
+        if peer is not None:  # before `readiness` can see that it was announced
+            peer.quarantine.admits(handoff.transfer_id, now_s=now_s)
         self._pulls[handoff.transfer_id] = Pull(
             transfer_id=handoff.transfer_id,
             engine_id=handoff.engine_id,
             nonce=handoff.nonce,
+            verify=handoff.verify,
+            num_blocks=len(handoff.block_ids[0]) if handoff.block_ids else 0,
             renew_interval_s=handoff.lease_s * RENEWALS_PER_LEASE,
         )
-        peer = self._peers.get(handoff.engine_id)
         if peer is None:
             peer = self._peers[handoff.engine_id] = Peer(engine_id=handoff.engine_id, address=handoff.control)
             self._greet(peer, now_s)
@@ -197,25 +206,26 @@ class DecodeControl:
             self._greet(peer, now_s)
         self._renew(now_s)  # it may have waited on its way here
 
-    def _expected(self, transfer_id: TransferId) -> None:
+    def _expected(self, transfer_id: TransferId, first_block: int) -> None:
         now_s = time.monotonic()
         pull = self._pulls.get(transfer_id)
         if pull is None:  # lost or forgotten between the scheduler's look and its order: the read still comes
             pull = self._pulls[transfer_id] = Pull(transfer_id=transfer_id, engine_id=EngineId(""))
             pull.error = "lease_expired"
-        pull.phase, pull.waiting = "reading", set(range(len(self._links)))
+        pull.phase, pull.waiting, pull.first_block = "reading", set(range(len(self._links))), first_block
         pull.expected_s, pull.deadline_s = now_s, now_s + self._pull_timeout_s
         if pull.error:
             self._give_up(transfer_id, "failed", pull.error)
 
-    def _begun(self, read: BeginRead) -> None:
-        self._expected(read.transfer_id)
+    def _begun(self, read: BeginRead, first_block: int) -> None:
+        self._expected(read.transfer_id, first_block)
         self._tell_workers(read)
 
     def _forgotten(self, transfer_id: TransferId) -> None:
         pull = self._pulls.pop(transfer_id, None)
         if pull is not None:
             self._release(pull)
+            self._undecided(pull)
 
     # Workers.
 
@@ -242,12 +252,15 @@ class DecodeControl:
         pull.num_bytes += ended.num_bytes
         pull.num_descriptors += ended.num_descriptors
         pull.read_s = max(pull.read_s, ended.seconds)
+        if pull.verify != "off":
+            pull.sums.setdefault(self._tp_ranks[index], []).append(ended.sums)
         if ended.error and pull.phase == "reading":
             logger.warning("transfer.failed transfer=%s error=%s", ended.transfer_id, ended.error)
+            self._strike(pull, timed_out=False)
             self._give_up(ended.transfer_id, "failed", "transport")
         elif not pull.waiting and pull.phase == "reading":
             pull.phase, pull.proving_since_s = "proving", time.monotonic()
-            self._release(pull)
+            self._release(pull, verify=pull.verify != "off")
         elif not pull.waiting and pull.phase == "draining":
             self._over(pull)
             self._report(Drained(pull.transfer_id))
@@ -315,7 +328,7 @@ class DecodeControl:
         match message := messages.decode_or_none(messages.from_prefill, frames):
             case None:
                 logger.warning("control.bad_frame engine=%s", peer.engine_id)
-            case Welcome():
+            case Welcome() if message.engine_id == peer.engine_id:
                 self._welcomed(peer, message.ranks)
             case Refused():
                 logger.error(
@@ -326,13 +339,19 @@ class DecodeControl:
                 known = message.factor == PROTOCOL_FACTOR or message.factor in self._fingerprint
                 self.tally.add(REFUSED_PEERS, message.factor if known else OTHER)
                 self._lose(peer, "incompatible")
-            case NotHere():
+            case Welcome() | NotHere():
                 self._lose(peer, "peer_lost")
             case Renewed():
                 for transfer_id in message.lost:
-                    self._lost(transfer_id)
-            case Released():
+                    if self._is_of(peer, transfer_id):
+                        self._lost(transfer_id)
+            case Released() if self._is_of(peer, message.transfer_id):
                 self._proven(message)
+
+    def _is_of(self, peer: Peer, transfer_id: TransferId) -> bool:
+        """Whether that engine has a say in this transfer: only the one that holds its blocks."""
+        pull = self._pulls.get(transfer_id)
+        return pull is not None and pull.engine_id == peer.engine_id
 
     def _welcomed(self, peer: Peer, ranks: Sequence[RankInfo]) -> None:
         if peer.phase != "greeting":
@@ -345,12 +364,26 @@ class DecodeControl:
         if pull is None or pull.phase != "proving":
             return
         if released.ok:
-            self._report(pull.settled("received", now_s=time.monotonic()))
+            self._compare(pull, released)
         else:
             logger.warning("transfer.late transfer=%s: prefill had let the blocks go", released.transfer_id)
             self.tally.add(LATE_READS, "")
             self._report(pull.settled("failed", "lease_expired", now_s=time.monotonic()))
+            self._undecided(pull)
         self._over(pull)
+
+    def _compare(self, pull: Pull, released: Released) -> None:
+        """The blocks were held all the time; now see whether what has arrived is what they held."""
+        if difference := pull.differs(released.sums):
+            logger.error("transfer.mismatch transfer=%s engine=%s at=%s", pull.transfer_id, pull.engine_id, difference)
+            self._strike(pull, timed_out=False)
+            self._report(pull.settled("failed", "kv_mismatch", now_s=time.monotonic()))
+            self._undecided(pull)
+            return
+        peer = self._peers.get(pull.engine_id)
+        if peer is not None:
+            peer.quarantine.proven()
+        self._report(pull.settled("received", now_s=time.monotonic()))
 
     def _lost(self, transfer_id: TransferId) -> None:
         """Prefill no longer holds this transfer's blocks."""
@@ -362,7 +395,7 @@ class DecodeControl:
         elif pull.phase == "reading":
             self._give_up(transfer_id, "failed", "lease_expired")
 
-    def _lose(self, peer: Peer, cause: str) -> None:
+    def _lose(self, peer: Peer, cause: Cause) -> None:
         """This peer cannot be used now: fail what waits for it. A request that comes after the back-off tries again."""
         if peer.socket is not None:
             self._poller.unregister(peer.socket)
@@ -377,7 +410,7 @@ class DecodeControl:
 
     # Pulls.
 
-    def _give_up(self, transfer_id: TransferId, result: Result, cause: str) -> None:
+    def _give_up(self, transfer_id: TransferId, result: Result, cause: Cause) -> None:
         pull = self._pulls.get(transfer_id)
         if pull is None or pull.phase == "draining":
             return
@@ -391,13 +424,26 @@ class DecodeControl:
         else:
             self._over(pull)
         self._release(pull)
+        self._undecided(pull)
 
-    def _release(self, pull: Pull) -> None:
+    def _strike(self, pull: Pull, *, timed_out: bool) -> None:
+        """A read has failed in a way that says something about its peer."""
+        peer, now_s = self._peers.get(pull.engine_id), time.monotonic()
+        if peer is not None and peer.quarantine.failed(pull.transfer_id, timed_out=timed_out, now_s=now_s):
+            rest_s = (peer.quarantine.rests_until_s or now_s) - now_s
+            logger.warning("peer.resting engine=%s for_s=%.0f: prompts are computed here", peer.engine_id, rest_s)
+
+    def _undecided(self, pull: Pull) -> None:
+        """A pull has ended; if it was its peer's probe, another one takes that over."""
         peer = self._peers.get(pull.engine_id)
         if peer is not None:
-            peer.send(
-                messages.encode(Release(engine_id=pull.engine_id, transfer_id=pull.transfer_id, nonce=pull.nonce))
-            )
+            peer.quarantine.undecided(pull.transfer_id)
+
+    def _release(self, pull: Pull, *, verify: bool = False) -> None:
+        peer = self._peers.get(pull.engine_id)
+        if peer is not None:
+            release = Release(engine_id=pull.engine_id, transfer_id=pull.transfer_id, nonce=pull.nonce, verify=verify)
+            peer.send(messages.encode(release))
 
     def _over(self, pull: Pull) -> None:
         self._pulls.pop(pull.transfer_id, None)
@@ -426,6 +472,7 @@ class DecodeControl:
     def _timed_out(self, pull: Pull) -> None:
         logger.warning("transfer.timeout transfer=%s phase=%s", pull.transfer_id, pull.phase)
         peer = self._peers.get(pull.engine_id)
+        self._strike(pull, timed_out=True)
         self._give_up(pull.transfer_id, "failed", "pull_timeout")
         if peer is not None and peer.phase == "ready" and peer.heard_s < pull.expected_s:
             # Frozen or cut off, not only slow: its other requests must not wait for it one by one.

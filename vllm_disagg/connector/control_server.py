@@ -6,6 +6,7 @@ reading it asks its workers to serve them (`Progress`), and to stop when nobody 
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -19,6 +20,8 @@ from vllm_disagg.connector.guard import Guard
 from vllm_disagg.connector.holds import Holds
 from vllm_disagg.connector.mailbox import Mailbox
 from vllm_disagg.connector.messages import (
+    BlocksDigested,
+    DigestBlocks,
     Forbid,
     FromPrefill,
     Hello,
@@ -36,8 +39,10 @@ from vllm_disagg.connector.messages import (
 from vllm_disagg.connector.secure import CurveKeys, client_socket, send_now, server_socket, start_authenticator
 from vllm_disagg.connector.strangers import StrangerWatch
 from vllm_disagg.connector.tally import KEY_FACTOR, OTHER, PROTOCOL_FACTOR, REFUSED_PEERS, Tally
+from vllm_disagg.connector.voucher import Voucher
 from vllm_disagg.core.fingerprint import check_compatible
-from vllm_disagg.core.types import EngineId
+from vllm_disagg.core.types import EngineId, TransferId
+from vllm_disagg.core.verify import DigestJob
 from vllm_disagg.errors import ConfigError, IncompatiblePeer
 
 logger = logging.getLogger(__name__)
@@ -78,7 +83,8 @@ class PrefillControl:
     ) -> None:
         self._engine_id, self._keys, self._holds = engine_id, keys, holds
         self._fingerprint, self._ranks = dict(fingerprint), tuple(ranks)
-        self._mailbox: Mailbox[Literal["granted", "stop"]] = Mailbox()
+        self._mailbox: Mailbox[Literal["granted", "stop"] | DigestJob] = Mailbox()
+        self._vouchers: dict[TransferId, Voucher] = {}
         self._serve_until_s = 0.0
         self._serving = False
         self._guard = Guard("control")
@@ -106,9 +112,9 @@ class PrefillControl:
         """Run the thread."""
         self._thread.start()
 
-    def granted(self) -> None:
-        """A hold was granted: decode may read soon, and its expiry must be watched."""
-        self._mailbox.put("granted")
+    def granted(self, digests: DigestJob | None = None) -> None:
+        """A hold was granted: decode may read soon, its expiry must be watched, and these digests be made."""
+        self._mailbox.put("granted" if digests is None else digests)
 
     def stop(self) -> None:
         """End the thread and close every socket. Idempotent."""
@@ -129,18 +135,20 @@ class PrefillControl:
     def _turn(self, poller: zmq.Poller) -> bool:
         ready = dict(poller.poll(self._timeout_ms()))
         orders = self._mailbox.take_all()
+        self._guard.each((order for order in orders if isinstance(order, DigestJob)), self._have_digested)
         if self._router in ready:
             self._guard.each(self._requests(), self._reply)
         if self._strangers.socket in ready and (found := self._strangers.count(time.monotonic())):
             self.tally.add(REFUSED_PEERS, KEY_FACTOR, found)
-        for link in self._links:
+        for index, link in enumerate(self._links):
             if link in ready:
-                link.recv_multipart()  # workers of a prefill instance report nothing
+                self._guard.each([link.recv_multipart()], functools.partial(self._worker_said, index))
         if self._holds.expire():
             logger.warning(
                 "lease.expired: decode neither fetched nor renewed a prompt's KV; the prompt is recomputed there. "
                 "Raise --kv-lease-s or add decode instances if this repeats"
             )
+        self._forget_vouchers()
         self._direct_workers()
         return "stop" not in orders
 
@@ -171,8 +179,45 @@ class PrefillControl:
         if message is None:
             self.num_bad_frames += 1
             logger.debug("control.bad_frame")
+        elif isinstance(message, Release) and message.verify and message.transfer_id in self._vouchers:
+            self._release_verified(sender, message)
         else:
             send_now(self._router, sender, messages.encode(self._answer(message)))
+
+    def _have_digested(self, job: DigestJob) -> None:
+        """Have every worker digest its part of a hold's blocks."""
+        self._vouchers[job.transfer_id] = Voucher(waiting=set(range(len(self._links))))
+        for link in self._links:
+            send_now(link, messages.encode(DigestBlocks(job=job)))
+
+    def _worker_said(self, index: int, frames: list[bytes]) -> None:
+        message = messages.decode_or_none(messages.from_worker, frames)
+        voucher = self._vouchers.get(message.transfer_id) if isinstance(message, BlocksDigested) else None
+        if voucher is None or not isinstance(message, BlocksDigested):
+            return
+        voucher.add(index, self._ranks[index].tp_rank, message)
+        if not voucher.waiting and voucher.asked is not None:
+            self._release_verified(*voucher.asked)
+
+    def _release_verified(self, sender: bytes, release: Release) -> None:
+        """Answer now if all sums are there, else when they are: the hold goes on until then."""
+        voucher = self._vouchers[release.transfer_id]
+        voucher.asked = sender, release
+        if voucher.waiting:
+            return
+        del self._vouchers[release.transfer_id]
+        answer = self._answer(release)
+        if isinstance(answer, Released) and answer.ok:
+            answer = Released(transfer_id=answer.transfer_id, ok=True, sums=voucher.sums)
+        send_now(self._router, sender, messages.encode(answer))
+
+    def _forget_vouchers(self) -> None:
+        """Those whose hold has ended; whoever waits for one is told so."""
+        for transfer_id in [item for item in self._vouchers if item not in self._holds]:
+            voucher = self._vouchers.pop(transfer_id)
+            if voucher.asked is not None:
+                sender, release = voucher.asked
+                send_now(self._router, sender, messages.encode(self._answer(release)))
 
     def _answer(self, message: ToPrefill) -> FromPrefill:
         match message:

@@ -10,21 +10,24 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from vllm_disagg.connector.control_client import DecodeControl
 from vllm_disagg.connector.messages import BeginRead
 from vllm_disagg.connector.peers import CONNECT_TIMEOUT_S, HELLO_TIMEOUT_S
-from vllm_disagg.connector.pull import Drained, Settled
+from vllm_disagg.connector.pull import Cause, Drained, Settled
 from vllm_disagg.connector.recent import RecentIds
-from vllm_disagg.connector.request_facts import kv_params, prompt_salt
+from vllm_disagg.connector.request_facts import kv_params, prompt_salt, was_aborted
 from vllm_disagg.connector.reserve import Reserve
 from vllm_disagg.connector.stats import TransferStats
 from vllm_disagg.connector.tally import Tally
 from vllm_disagg.connector.worker_thread import ReadJob
 from vllm_disagg.core.handoff import Handoff, check_fits, unseal
+from vllm_disagg.core.lifetime import DECODE, ENDS, Lives, State
 from vllm_disagg.core.types import BlockIds, TransferId
+from vllm_disagg.core.verify import DigestJob, chosen
 from vllm_disagg.errors import InvalidHandoff
 
 if TYPE_CHECKING:
@@ -46,19 +49,20 @@ _RECOMPUTED = "vllm_disagg_kv_recomputed_tokens_total"
 
 @dataclass(slots=True, kw_only=True)
 class _Fetch:
-    """One request that came with a handoff, until its KV is here, has failed, or is not wanted."""
+    """One request that came with a handoff, for as long as it uses that KV."""
 
     request_id: str
     handoff: Handoff
+    state: State
     announced_s: float
-    phase: Literal["announced", "early", "parked"] = "announced"
+    early: bool = False
+    """Its KV comes, or lies, in blocks that are not the request's yet."""
     blocks: BlockIds = ()
     first: int = 0
     """Of an early one: the prompt's block whose KV comes into the first of `blocks`."""
     num_tokens: int = 0
     parked_s: float = 0.0
-    abandoned: bool = False
-    refused: str = ""
+    refused: Cause | None = None
     settled: Settled | None = None
     """Of an early one: what became of it."""
     claimed: bool = False
@@ -99,8 +103,11 @@ class DecodeSide:
         self._reserve = reserve if num_groups == 1 else None
         self._arrived: dict[str, _Fetch] = {}
         self._block_size, self._num_groups = block_size, num_groups
+        self._lives = Lives(DECODE)
         self._by_request: dict[str, _Fetch] = {}
-        self._by_transfer: dict[TransferId, _Fetch] = {}
+        self._pulling: dict[TransferId, _Fetch] = {}
+        """Those that the control thread has not settled, also where the request has gone."""
+        self._received: dict[str, _Fetch] = {}
         self._reads: list[ReadJob] = []
         self._draining: dict[TransferId, BlockIds] = {}
         self._used = RecentIds(keep_s=_USED_S)
@@ -130,7 +137,7 @@ class DecodeSide:
             return
         remote = handoff.block_ids[0][first:]
         self._reserve.expect(len(remote))
-        if self._control.peer_phase(handoff.engine_id) != "ready":
+        if self._control.readiness(handoff)[0] != "ready":
             return
         blocks = self._reserve.take(len(remote))
         if not blocks:
@@ -142,8 +149,9 @@ class DecodeSide:
         self._arrived[request.request_id] = _Fetch(
             request_id=request.request_id,
             handoff=handoff,
+            state=self._lives.step(self._lives.begin("accepted"), "reserved"),
             announced_s=now_s,
-            phase="early",
+            early=True,
             blocks=(blocks,),
             first=first,
             parked_s=now_s,
@@ -155,7 +163,9 @@ class DecodeSide:
                 engine_id=handoff.engine_id,
                 local_blocks=(blocks,),
                 remote_blocks=(remote,),
-            )
+                verify=self._to_verify(handoff, (blocks,), first),
+            ),
+            first_block=first,
         )
 
     def on_new_request(self, request: Request) -> None:
@@ -171,11 +181,13 @@ class DecodeSide:
             handoff = self._accept(request, params.get("handoff"))
         except InvalidHandoff as refusal:
             logger.warning("handoff.refused request=%s reason=%s", request.request_id, refusal)
+            self._lives.begin("refused")
             self._count_failure(refusal.cause, request.num_prompt_tokens)
             return
         now_s = time.monotonic()
-        fetch = _Fetch(request_id=request.request_id, handoff=handoff, announced_s=now_s)
-        self._by_request[fetch.request_id] = self._by_transfer[handoff.transfer_id] = fetch
+        self._by_request[request.request_id] = _Fetch(
+            request_id=request.request_id, handoff=handoff, state=self._lives.begin("accepted"), announced_s=now_s
+        )
         self._control.announce(handoff)
 
     def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -187,17 +199,18 @@ class DecodeSide:
             prompt token is computed here in any case, so that alone is not worth a fetch.
         """
         fetch = self._by_request.get(request.request_id)
-        if fetch is not None and fetch.phase == "early":
+        if fetch is not None and fetch.early:
             return self._match_early(fetch, num_computed_tokens), False
-        if fetch is None or fetch.phase != "announced":
+        if fetch is None or fetch.state is not State.QUEUED_ON_DECODE:
             return 0, False
         if fetch.handoff.num_tokens - num_computed_tokens <= 1:
             return 0, False
-        match self._control.peer_phase(fetch.handoff.engine_id):
+        phase, cause = self._control.readiness(fetch.handoff)
+        match phase:
             case "ready":
                 return fetch.handoff.num_tokens - num_computed_tokens, True
             case "failed":
-                fetch.refused = self._control.peer_cause(fetch.handoff.engine_id)
+                fetch.refused = cause
                 return 0, False
             case _ if time.monotonic() - fetch.announced_s > PAIRING_LIMIT_S:
                 fetch.refused = "handshake_timeout"  # the control thread should have said so long ago
@@ -208,17 +221,19 @@ class DecodeSide:
     def on_allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """vLLM has given the request its blocks. With tokens to come from outside it is parked now."""
         fetch = self._by_request.get(request.request_id)
-        if fetch is None or fetch.phase == "parked":
+        if fetch is None or not (fetch.early or fetch.state is State.QUEUED_ON_DECODE):
             return
         if num_external_tokens == 0:
             self._decline(fetch)
             return
-        if fetch.phase == "early":
+        if fetch.early:
             self._landed(fetch, num_external_tokens)
             return
         first = (fetch.handoff.num_tokens - num_external_tokens) // self._block_size
-        last = -(-fetch.handoff.num_tokens // self._block_size)
-        fetch.phase, fetch.parked_s, fetch.num_tokens = "parked", time.monotonic(), num_external_tokens
+        last = fetch.handoff.num_blocks(self._block_size)
+        fetch.state = self._lives.step(fetch.state, "reserved")
+        fetch.parked_s, fetch.num_tokens = time.monotonic(), num_external_tokens
+        self._pulling[fetch.handoff.transfer_id] = fetch
         fetch.blocks = tuple(tuple(group[first:last]) for group in blocks.get_block_ids())
         remote = tuple(tuple(group[first:last]) for group in fetch.handoff.block_ids)
         self._reads.append(
@@ -227,9 +242,10 @@ class DecodeSide:
                 engine_id=fetch.handoff.engine_id,
                 local_blocks=fetch.blocks,
                 remote_blocks=remote,
+                verify=self._to_verify(fetch.handoff, fetch.blocks, first),
             )
         )
-        self._control.expect(fetch.handoff.transfer_id)
+        self._control.expect(fetch.handoff.transfer_id, first_block=first)
 
     def lend(self, request: Request, num_local_tokens: int) -> bool:
         """vLLM is about to give this request its blocks: see to it that those with its early KV come first.
@@ -242,7 +258,7 @@ class DecodeSide:
             Whether it has early KV. Then `lent` tells how it went, before anything else takes blocks.
         """
         fetch = self._by_request.get(request.request_id)
-        if fetch is None or fetch.phase != "early" or not fetch.blocks or self._pool is None:
+        if fetch is None or not fetch.early or not fetch.blocks or self._pool is None:
             return False
         assert self._reserve is not None
         spare = num_local_tokens // self._block_size - fetch.first
@@ -284,19 +300,33 @@ class DecodeSide:
         reads, self._reads = tuple(self._reads), []
         return reads
 
+    def on_scheduled(self, scheduled: Collection[str], preempted: Collection[str]) -> None:
+        """What this step computes, and which requests lost their blocks for it."""
+        for request_id in [request_id for request_id in self._received if request_id in scheduled]:
+            fetch = self._received.pop(request_id)
+            fetch.state = self._lives.step(fetch.state, "scheduled")
+        for request_id in preempted:
+            lost = self._by_request.get(request_id)
+            if lost is not None and lost.state is State.RUNNING:
+                lost.state = self._lives.step(lost.state, "preempted")
+                del self._by_request[request_id]
+
     def on_finished(self, request: Request) -> None:
         """The request has ended, for whatever reason. If it was parked vLLM keeps its blocks until it is reported."""
-        fetch = self._by_request.get(request.request_id)
+        fetch = self._by_request.pop(request.request_id, None)
         if fetch is None:
             return
-        if fetch.phase == "early" and fetch.settled is not None:
-            self._decline(fetch)
-        elif fetch.phase != "announced":
-            fetch.abandoned = True
+        before = fetch.state
+        if before not in ENDS:
+            left = was_aborted(request) or before is not State.RUNNING
+            fetch.state = self._lives.step(before, "client_left" if left else "finished")
+        self._received.pop(request.request_id, None)
+        if before is State.RECEIVING:
             self._control.cancel(fetch.handoff.transfer_id)
-        else:
+        elif before is State.QUEUED_ON_DECODE:
             self._control.forget(fetch.handoff.transfer_id)
-            self._remove(fetch)
+        elif fetch.settled is not None:
+            self._free_early(fetch)
 
     def take_reports(self) -> list[ReceiveReport]:
         """Parked requests whose fate is now known, each exactly once. Called at the start of every step."""
@@ -323,14 +353,16 @@ class DecodeSide:
 
     @property
     def num_followed(self) -> int:
-        """Requests that came with a handoff and are not settled, and blocks that are not quiet."""
-        return len(self._arrived) + len(self._by_request) + len(self._draining)
+        """Requests that came with a handoff and use its KV, and blocks that are not settled or not quiet."""
+        gone = sum(fetch.request_id not in self._by_request for fetch in self._pulling.values())
+        return len(self._arrived) + len(self._by_request) + gone + len(self._draining)
 
     def add_stats(self, stats: TransferStats) -> None:
         """What happened since the last call."""
         stats.aggregate(self._stats)
         self._stats.reset()
         stats.add(self._pairs)
+        stats.transitions(self._lives.take())
         stats.gauge("vllm_disagg_kv_draining_requests", len(self._draining))
 
     def _accept(self, request: Request, text: object) -> Handoff:
@@ -367,7 +399,19 @@ class DecodeSide:
     def _adopt_arrived(self) -> None:
         for request_id in list(self._arrived):
             fetch = self._arrived.pop(request_id)
-            self._by_request[request_id] = self._by_transfer[fetch.handoff.transfer_id] = fetch
+            self._by_request[request_id] = self._pulling[fetch.handoff.transfer_id] = fetch
+
+    def _to_verify(self, handoff: Handoff, blocks: BlockIds, first: int) -> DigestJob | None:
+        """The digests that are to be made of what comes into `blocks`, from the prompt's block `first` on."""
+        places = chosen(handoff.verify, handoff.nonce, handoff.num_blocks(self._block_size), first=first)
+        if not places:
+            return None
+        return DigestJob(
+            transfer_id=handoff.transfer_id,
+            nonce=handoff.nonce,
+            places=places,
+            blocks=tuple(tuple(group[place - first] for place in places) for group in blocks),
+        )
 
     def _match_early(self, fetch: _Fetch, num_computed_tokens: int) -> int | None:
         if fetch.settled is None:
@@ -381,90 +425,103 @@ class DecodeSide:
     def _landed(self, fetch: _Fetch, num_external_tokens: int) -> None:
         """Its blocks hold its KV, and are the request's now (`lent`)."""
         assert fetch.settled is not None and not fetch.blocks
+        fetch.early = False
         fetch.num_tokens = num_external_tokens + 1  # the last one has come too
         self._stats.count("vllm_disagg_kv_early_reads_total")
-        self._received(fetch, fetch.settled)
-        self._remove(fetch)
+        self._note_received(fetch, fetch.settled)
 
     def _decline(self, fetch: _Fetch) -> None:
         """vLLM goes on without our tokens: cached here already, not readable, or not wanted by the request's kind."""
+        before = fetch.state
+        if before not in ENDS:  # else its early read has failed
+            fetch.state = self._lives.step(before, "declined" if fetch.refused else "not_needed")
         if fetch.refused:
             self._count_failure(fetch.refused, fetch.handoff.num_tokens)
             logger.warning("transfer.declined request=%s cause=%s: computed here", fetch.request_id, fetch.refused)
-        if fetch.phase == "announced":
+        if before is State.QUEUED_ON_DECODE:
             self._control.forget(fetch.handoff.transfer_id)
-        elif fetch.settled is None:  # vLLM did not wait: its blocks come back when the read is over
-            fetch.abandoned = True
+        elif before is State.RECEIVING:  # vLLM did not wait: its blocks come back when the read is over
             self._control.cancel(fetch.handoff.transfer_id)
-            return
-        self._free_early(fetch)
-        self._remove(fetch)
+        else:
+            self._free_early(fetch)
+            fetch.early = False
+        self._received.pop(fetch.request_id, None)
+        if fetch.state is not State.RUNNING:
+            del self._by_request[fetch.request_id]
 
     def _free_early(self, fetch: _Fetch) -> None:
         """The blocks of an early fetch go back to the pool, unread."""
-        if fetch.phase == "early" and fetch.blocks:
+        if fetch.early and fetch.blocks:
             assert self._reserve is not None
             self._reserve.returned(len(fetch.blocks[0]))
             self._free(fetch.blocks)
             fetch.blocks = ()
 
     def _settle_early(self, fetch: _Fetch, settled: Settled) -> None:
-        if fetch.settled is not None:  # it was overdue
-            if not settled.draining:
-                self._drained(settled.transfer_id)
-            return
         fetch.settled = settled
         if settled.draining:
             assert self._reserve is not None
             self._reserve.returned(len(fetch.blocks[0]))
             self._draining[settled.transfer_id], fetch.blocks = fetch.blocks, ()
-        if settled.result != "received":
+        if fetch.state is not State.RECEIVING:  # the request has gone, or goes on without it
+            self._free_early(fetch)
+            fetch.early = False
+            return
+        fetch.state = self._lives.step(fetch.state, _event_of(settled))
+        if settled.result == "received":
+            self._received[fetch.request_id] = fetch
+        else:
             fetch.refused = settled.cause
             self._free_early(fetch)
-        if fetch.abandoned:
-            self._free_early(fetch)
-            self._remove(fetch)
 
     def _settle(self, settled: Settled) -> list[ReceiveReport]:
-        fetch = self._by_transfer.get(settled.transfer_id)
+        fetch = self._pulling.pop(settled.transfer_id, None)
         if fetch is None:
             logger.error("transfer.unknown transfer=%s: dropped", settled.transfer_id)
             if not settled.draining:  # it was overdue and its blocks were kept: no `Drained` follows
                 self._drained(settled.transfer_id)
             return []
-        if fetch.phase == "early":
+        if fetch.early:
             self._settle_early(fetch, settled)
             return []
-        self._remove(fetch)
         if settled.draining:
             self._pin(fetch)
-        if settled.result == "received":
-            self._received(fetch, settled)
-        elif not fetch.abandoned:
-            self._count_failure(settled.cause, fetch.num_tokens)
-            logger.warning("transfer.failed request=%s cause=%s: recomputed here", fetch.request_id, settled.cause)
-        return [ReceiveReport(fetch.request_id, ok=settled.result == "received")]
+        ok = settled.result == "received"
+        if fetch.state is State.RECEIVING:  # its client has not left
+            fetch.state = self._lives.step(fetch.state, _event_of(settled))
+            if ok:
+                self._received[fetch.request_id] = fetch
+            else:
+                del self._by_request[fetch.request_id]
+                self._count_failure(settled.cause or "transport", fetch.num_tokens)
+                logger.warning("transfer.failed request=%s cause=%s: recomputed here", fetch.request_id, settled.cause)
+        if ok:
+            self._note_received(fetch, settled)
+        return [ReceiveReport(fetch.request_id, ok=ok)]
 
     def _overdue(self) -> list[ReceiveReport]:
         """The last resort against a control thread that does not answer: no request waits for ever."""
         limit_s = time.monotonic() - self._overdue_s
-        late = [
-            fetch
-            for fetch in self._by_request.values()
-            if fetch.phase != "announced" and fetch.settled is None and fetch.parked_s < limit_s
-        ]
+        late = [fetch for fetch in self._pulling.values() if fetch.parked_s < limit_s]
         reports: list[ReceiveReport] = []
         for fetch in late:
             logger.error("transfer.overdue request=%s: its blocks stay out of use", fetch.request_id)
             unsettled = Settled(transfer_id=fetch.handoff.transfer_id, result="failed", cause="overdue", draining=True)
             reports.extend(self._settle(unsettled))
-        for fetch in [fetch for fetch in self._by_request.values() if fetch.settled and fetch.parked_s < limit_s]:
-            if not fetch.claimed:  # vLLM has lost the request on its way to the main thread
-                self._free_early(fetch)
-                self._remove(fetch)
+        lost = [
+            fetch
+            for fetch in self._by_request.values()
+            if fetch.early and fetch.settled and not fetch.claimed and fetch.parked_s < limit_s
+        ]
+        for fetch in lost:  # vLLM has lost the request on its way to the main thread
+            if fetch.state not in ENDS:
+                fetch.state = self._lives.step(fetch.state, "client_left")
+            self._free_early(fetch)
+            self._received.pop(fetch.request_id, None)
+            del self._by_request[fetch.request_id]
         return reports
 
-    def _received(self, fetch: _Fetch, settled: Settled) -> None:
+    def _note_received(self, fetch: _Fetch, settled: Settled) -> None:
         seconds = (settled.at_s or time.monotonic()) - fetch.parked_s
         self._stats.observe("vllm_disagg_kv_transfer_seconds", seconds)
         self._stats.observe("vllm_disagg_kv_read_seconds", settled.read_s)
@@ -505,6 +562,9 @@ class DecodeSide:
         for group in blocks:
             self._pool.free_blocks([self._pool.blocks[block] for block in reversed(group)])
 
-    def _remove(self, fetch: _Fetch) -> None:
-        self._by_request.pop(fetch.request_id, None)
-        self._by_transfer.pop(fetch.handoff.transfer_id, None)
+
+def _event_of(settled: Settled) -> str:
+    """What a pull's end is in the request's life."""
+    if settled.result == "received":
+        return "proven"
+    return "lease_expired" if settled.cause == "lease_expired" else "failed"

@@ -172,6 +172,7 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
             key=self._key,
             block_size=self._vllm_config.cache_config.block_size,
             holds=holds,
+            verify=self.settings.verify,
         )
         self._prefill.on_granted = control.granted
         if self._pool is not None:
@@ -185,6 +186,7 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
             keys=curve_keys(self._key),
             fingerprint=fingerprint,
             worker_links=[item.link for item in workers.values()],
+            tp_ranks=[tp_rank for _, tp_rank in workers],
             pull_timeout_s=self.settings.pull_timeout_s,
             on_report=self._wake_engine,
         )
@@ -257,7 +259,11 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """What this step carries to the workers."""
-        return StepMetadata(reads=self._decode.take_reads() if self._decode is not None else ())
+        if self._decode is None:
+            return StepMetadata()
+        preempted = scheduler_output.preempted_req_ids or ()
+        self._decode.on_scheduled(scheduler_output.num_scheduled_tokens.keys(), preempted)
+        return StepMetadata(reads=self._decode.take_reads())
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """For one KV cache group; vLLM calls the variant for all groups."""

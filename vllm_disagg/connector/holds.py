@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Literal
 
 from vllm_disagg.core.lease import Lease, LeaseTable
+from vllm_disagg.core.lifetime import PREFILL, Lives, State
 from vllm_disagg.core.types import BlockIds, TransferId
 
 HoldEvent = Literal["granted", "released", "expired", "forbidden", "refused", "reset"]
+"""What is counted of holds: events of `core.lifetime.PREFILL`."""
 
 
 class Holds:
@@ -32,24 +34,25 @@ class Holds:
     def __init__(
         self, *, lease_s: float, cap_s: float, on_freed: Callable[[], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
+        self.lives = Lives(PREFILL)
+        """The steps of all requests of this prefill engine."""
         self._table = LeaseTable(lease_s=lease_s, cap_s=cap_s)
         self._lock = threading.Lock()
         self._freed: deque[BlockIds] = deque()
-        self._events: Counter[HoldEvent] = Counter()
         self._on_freed, self._clock = on_freed, clock
 
     def grant(self, transfer_id: TransferId, nonce: str, block_ids: BlockIds) -> bool:
         """Start a hold on blocks the caller has pinned. False: refused, and the caller unpins them itself."""
         with self._lock:
             granted = self._table.grant(transfer_id, nonce, block_ids, now_s=self._clock()) is not None
-            self._events["granted" if granted else "refused"] += 1
+            self.lives.step(State.PREFILLING, "granted" if granted else "refused")
         return granted
 
     def renew(self, transfer_ids: Iterable[TransferId]) -> tuple[TransferId, ...]:
         """Extend holds. Returns those that are gone."""
         now_s = self._clock()
         with self._lock:
-            return tuple(item for item in transfer_ids if not self._table.renew(item, now_s=now_s))
+            return tuple(item for item in transfer_ids if not self._renew(item, now_s))
 
     def release(self, transfer_id: TransferId, nonce: str) -> bool:
         """End a hold. True proves that its blocks were intact until now."""
@@ -82,16 +85,13 @@ class Holds:
             taken.append(self._freed.popleft())
         return taken
 
-    def take_events(self) -> dict[str, int]:
-        """How often each thing happened since the last call."""
-        with self._lock:
-            events, self._events = self._events, Counter()
-        return {str(event): count for event, count in events.items()}
-
     @property
     def has_freed(self) -> bool:
         """Whether `take_freed` would return something."""
         return bool(self._freed)
+
+    def __contains__(self, transfer_id: TransferId) -> bool:
+        return transfer_id in self._table
 
     def __len__(self) -> int:
         return len(self._table)
@@ -107,10 +107,16 @@ class Holds:
             next_s = self._table.next_expiry_s()
         return None if next_s is None else max(0.0, next_s - self._clock())
 
+    def _renew(self, transfer_id: TransferId, now_s: float) -> bool:
+        renewed = self._table.renew(transfer_id, now_s=now_s)
+        if renewed:
+            self.lives.step(State.HELD, "renewed")
+        return renewed
+
     def _free(self, lease: Lease | None, event: HoldEvent) -> bool:
         if lease is None:
             return False
-        self._events[event] += 1
+        self.lives.step(State.HELD, event)
         self._freed.append(lease.block_ids)
         self._on_freed()
         return True

@@ -2,6 +2,7 @@
 
 1  first version
 2  segments tell which heads they hold and how these lie; a worker is told of all ranks of a peer
+3  digests of KV blocks
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from typing import TypeVar
 import msgspec
 
 from vllm_disagg.core.types import BlockIds, EngineId, TransferId
+from vllm_disagg.core.verify import DigestJob, HeadSums
 from vllm_disagg.transport.layout import RankLayout
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 RENEWALS_PER_FRAME = 4096
 """Transfers in one `Renew`, so that it stays far below what prefill receives."""
@@ -53,11 +55,13 @@ class Renew(_Message, frozen=True):
 
 
 class Release(_Message, frozen=True):
-    """I have read the blocks of this transfer, or want them no more. Answered with `Released`."""
+    """I have read the blocks of this transfer, or want them no more. Answered with `Released`; if `verify`, once their
+    digests are known."""
 
     engine_id: EngineId
     transfer_id: TransferId
     nonce: str
+    verify: bool = False
 
 
 class Forbid(_Message, frozen=True):
@@ -99,10 +103,12 @@ class Renewed(_Message, frozen=True):
 
 
 class Released(_Message, frozen=True):
-    """`ok`: the blocks were held until this moment, so what was read of them is right. Otherwise they were not."""
+    """`ok`: the blocks were held until this moment, so what was read of them is right. Otherwise they were not. `sums`
+    are what the blocks held when their prompt was complete, if that was asked for."""
 
     transfer_id: TransferId
     ok: bool
+    sums: tuple[HeadSums, ...] = ()
 
 
 # An engine's core to its workers.
@@ -128,12 +134,20 @@ class DisconnectPeer(_Message, frozen=True):
 
 
 class BeginRead(_Message, frozen=True):
-    """Read these blocks of that engine into our own, pairwise in each group, now."""
+    """Read these blocks of that engine into our own, pairwise in each group, now. Then make the digests that are
+    wanted."""
 
     transfer_id: TransferId
     engine_id: EngineId
     local_blocks: BlockIds
     remote_blocks: BlockIds
+    verify: DigestJob | None = None
+
+
+class DigestBlocks(_Message, frozen=True):
+    """Digest these of our own blocks. Answered with `BlocksDigested`."""
+
+    job: DigestJob
 
 
 class CancelRead(_Message, frozen=True):
@@ -161,12 +175,21 @@ class ReadEnded(_Message, frozen=True):
     num_descriptors: int
     seconds: float
     error: str = ""
+    sums: tuple[HeadSums, ...] = ()
+
+
+class BlocksDigested(_Message, frozen=True):
+    """This worker's part of the sums. Nothing can be compared with them if there is an `error`."""
+
+    transfer_id: TransferId
+    sums: tuple[HeadSums, ...]
+    error: str = ""
 
 
 ToPrefill = Hello | Renew | Release | Forbid
 FromPrefill = Welcome | Refused | NotHere | Renewed | Released
-ToWorker = Progress | ConnectPeer | DisconnectPeer | BeginRead | CancelRead
-FromWorker = PeerState | ReadEnded
+ToWorker = Progress | ConnectPeer | DisconnectPeer | BeginRead | CancelRead | DigestBlocks
+FromWorker = PeerState | ReadEnded | BlocksDigested
 
 to_prefill: msgspec.msgpack.Decoder[ToPrefill] = msgspec.msgpack.Decoder(ToPrefill)
 from_prefill: msgspec.msgpack.Decoder[FromPrefill] = msgspec.msgpack.Decoder(FromPrefill)

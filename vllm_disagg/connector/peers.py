@@ -8,7 +8,9 @@ from typing import Any, Literal
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from vllm_disagg.connector.pull import Cause
 from vllm_disagg.connector.secure import CurveKeys, client_socket, send_now
+from vllm_disagg.core.quarantine import Quarantine
 from vllm_disagg.core.types import EngineId
 
 PeerPhase = Literal["greeting", "connecting", "ready", "failed"]
@@ -27,17 +29,19 @@ class Peer:
     """One run of one prefill engine, as seen by the decode control thread.
 
     greeting -> connecting -> ready; any of them -> failed. The first announcement after the back-off greets again.
+    A peer that is ready may still be in quarantine: it answers, but reads from it fail.
     """
 
     engine_id: EngineId
     address: str
     phase: PeerPhase = "greeting"
-    cause: str = ""
+    cause: Cause | None = None
     deadline_s: float = 0.0
     waiting_ranks: set[int] = field(default_factory=set)
     retry_at_s: float = 0.0
     num_failures: int = 0
     heard_s: float = 0.0
+    quarantine: Quarantine = field(default_factory=Quarantine)
     socket: zmq.Socket[Any] | None = None
     monitor: zmq.Socket[Any] | None = None
 
@@ -46,7 +50,7 @@ class Peer:
         self.socket = client_socket(context, zmq.DEALER, keys)
         self.monitor = self.socket.get_monitor_socket(_DISCONNECTED)
         self.socket.connect(self.address)
-        self.phase, self.cause, self.deadline_s = "greeting", "", now_s + HELLO_TIMEOUT_S
+        self.phase, self.cause, self.deadline_s = "greeting", None, now_s + HELLO_TIMEOUT_S
 
     def take_breaks(self) -> Literal["", "lost", "unproven"]:
         """Whether the connection broke since the last call: `unproven` before both ends had proven the key."""
@@ -61,7 +65,7 @@ class Peer:
         if self.socket is not None:
             send_now(self.socket, frame)
 
-    def fail(self, cause: str, *, now_s: float) -> None:
+    def fail(self, cause: Cause, *, now_s: float) -> None:
         """Close the channel and wait longer each time before the next attempt."""
         self.close()
         self.phase, self.cause = "failed", cause

@@ -6,13 +6,16 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from vllm_disagg.connector.holds import Holds
-from vllm_disagg.connector.request_facts import kv_params, prompt_salt
+from vllm_disagg.config import VerifyMode
+from vllm_disagg.connector.holds import HoldEvent, Holds
+from vllm_disagg.connector.request_facts import kv_params, prompt_salt, was_aborted
 from vllm_disagg.connector.stats import TransferStats
 from vllm_disagg.core.handoff import HANDOFF_VERSION, Handoff, prompt_digest, seal
+from vllm_disagg.core.lifetime import State, by_event
 from vllm_disagg.core.types import BlockIds, EngineId, TransferId, is_transfer_id, new_nonce
+from vllm_disagg.core.verify import DigestJob, chosen
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -22,9 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _Timing:
+class _Prompt:
+    """One that is queued or being computed. From its end on, `Holds` has it."""
+
+    state: State
     arrived_s: float
-    scheduled_s: float | None = None
+    scheduled_s: float = 0.0
 
 
 class PrefillSide:
@@ -37,28 +43,39 @@ class PrefillSide:
     """
 
     def __init__(
-        self, *, engine_id: EngineId, control_address: str, lease_s: float, key: bytes, block_size: int, holds: Holds
+        self,
+        *,
+        engine_id: EngineId,
+        control_address: str,
+        lease_s: float,
+        key: bytes,
+        block_size: int,
+        holds: Holds,
+        verify: VerifyMode = "off",
     ) -> None:
         self._engine_id, self._control, self._lease_s = engine_id, control_address, lease_s
+        self._verify = verify
         self._key, self._block_size, self._holds = key, block_size, holds
-        self._timing: dict[str, _Timing] = {}
+        self._lives = holds.lives
+        self._prompts: dict[str, _Prompt] = {}
         self._pool: BlockPool | None = None
-        self.on_granted: Callable[[], None] = lambda: None
+        self.on_granted: Callable[[DigestJob | None], None] = lambda _: None
+        """Called when a hold begins, with the digests that are to be made of its blocks."""
 
     def bind_block_pool(self, pool: BlockPool) -> None:
         """vLLM's block pool, once it exists."""
         self._pool = pool
 
     def on_new_request(self, request: Request) -> None:
-        """Note the arrival, for the time its prompt waits."""
+        """Note the arrival of a prompt that is to be handed over."""
         if kv_params(request).get("do_remote_decode"):
-            self._timing[request.request_id] = _Timing(time.monotonic())
+            self._prompts[request.request_id] = _Prompt(self._lives.begin("arrived"), time.monotonic())
 
     def on_scheduled(self, request: Request) -> None:
-        """Note when its prompt began to be computed."""
-        timing = self._timing.get(request.request_id)
-        if timing is not None and timing.scheduled_s is None:
-            timing.scheduled_s = time.monotonic()
+        """Note when its prompt began to be computed; vLLM may preempt it and begin again."""
+        prompt = self._prompts.get(request.request_id)
+        if prompt is not None and prompt.state is State.QUEUED:
+            prompt.state, prompt.scheduled_s = self._lives.step(prompt.state, "scheduled"), time.monotonic()
 
     def on_finished(self, request: Request, block_ids: tuple[list[int], ...]) -> dict[str, Any] | None:
         """Hold a finished prompt's blocks and describe them.
@@ -66,9 +83,12 @@ class PrefillSide:
         Returns:
             `kv_transfer_params` of the response; None when there is nothing to hand over.
         """
-        timing = self._timing.pop(request.request_id, None)
+        prompt = self._prompts.pop(request.request_id, None)
+        if prompt is None:
+            return None
         transfer_id = kv_params(request).get("transfer_id")
-        if timing is None or not is_transfer_id(transfer_id) or not self._prompt_is_done(request):
+        if not is_transfer_id(transfer_id) or not self._prompt_is_done(request):
+            self._lives.step(prompt.state, "client_left" if was_aborted(request) else "not_kept")
             return None
         num_tokens = request.num_prompt_tokens
         kept: BlockIds = tuple(tuple(group[: -(-num_tokens // self._block_size)]) for group in block_ids)
@@ -85,13 +105,13 @@ class PrefillSide:
             prompt_digest=prompt_digest(request.prompt_token_ids or (), salt=prompt_salt(request)),
             lease_s=self._lease_s,
             nonce=nonce,
+            verify=self._verify,
         )
-        scheduled_s = timing.scheduled_s or timing.arrived_s
         return {
             "do_remote_prefill": True,  # whereupon vLLM adds `remote_prefill_cached_tokens`, for decode's `usage`
             "handoff": seal(handoff, self._key),
-            "queue_s": scheduled_s - timing.arrived_s,
-            "run_s": time.monotonic() - scheduled_s,
+            "queue_s": prompt.scheduled_s - prompt.arrived_s,
+            "run_s": time.monotonic() - prompt.scheduled_s,
         }
 
     def reset(self) -> None:
@@ -119,11 +139,14 @@ class PrefillSide:
     @property
     def num_followed(self) -> int:
         """Holds, and prompts that may become one."""
-        return len(self._holds) + len(self._timing)
+        return len(self._holds) + len(self._prompts)
 
     def add_stats(self, stats: TransferStats) -> None:
         """What happened since the last call."""
-        for event, count in self._holds.take_events().items():
+        taken = self._lives.take()
+        stats.transitions(taken)
+        holds = by_event(taken, get_args(HoldEvent), before=(State.PREFILLING, State.HELD))
+        for event, count in holds.items():
             stats.count("vllm_disagg_kv_holds_total", count, label=event)
         num_held, num_blocks, oldest_s = self._holds.usage()
         stats.gauge("vllm_disagg_kv_held_requests", num_held)
@@ -145,7 +168,10 @@ class PrefillSide:
         if not self._holds.grant(transfer_id, nonce, block_ids):
             self._unpin(block_ids)
             return False
-        self.on_granted()
+        places = chosen(self._verify, nonce, len(block_ids[0]))
+        blocks = tuple(tuple(group[place] for place in places) for group in block_ids)
+        job = DigestJob(transfer_id=transfer_id, nonce=nonce, places=places, blocks=blocks)
+        self.on_granted(job if places else None)
         return True
 
     def _unpin(self, block_ids: BlockIds) -> None:

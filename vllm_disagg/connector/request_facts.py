@@ -34,3 +34,10 @@ def prompt_salt(request: Request) -> str:
     adapter = [] if lora is None else [lora.lora_name, _adapter_digest(lora.lora_path, lora.lora_int_id)]
     media = [feature.identifier for feature in request.mm_features]
     return msgspec.json.encode([adapter, request.cache_salt or "", media]).decode()
+
+
+def was_aborted(request: Request) -> bool:
+    """Whether a finished request ended because its client left."""
+    from vllm.v1.request import RequestStatus
+
+    return bool(request.status == RequestStatus.FINISHED_ABORTED)

@@ -5,7 +5,7 @@ All of it is known to the scheduler half, so that nothing has to be aggregated o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from vllm_disagg.connector.tally import Tally
+from vllm_disagg.core.lifetime import Transition
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _BYTES = tuple(float(4**exponent * 1024) for exponent in range(1, 13))
@@ -47,6 +48,10 @@ LABELLED_COUNTERS: dict[str, tuple[str, str]] = {
     "vllm_disagg_kv_pair_bytes_total": ("Bytes received in them, over all ranks.", "prefill"),
     "vllm_disagg_kv_pair_read_seconds_total": ("Seconds in which they were read, on the slowest rank.", "prefill"),
     "vllm_disagg_kv_pair_descriptors_total": ("Copies they were cut into, over all ranks.", "prefill"),
+    "vllm_disagg_kv_transitions_total": (
+        "Steps in the lives of requests that are handed over: the state before, and the event.",
+        "transition",
+    ),
 }
 GAUGES: dict[str, str] = {
     "vllm_disagg_kv_held_requests": "Requests whose KV prefill keeps for decode.",
@@ -76,6 +81,11 @@ class TransferStats(KVConnectorStats):
         """Add what other threads have counted, or what has a label that a peer chooses."""
         for (name, label), amount in tally.take().items():
             self.count(name, amount, label=label or None)
+
+    def transitions(self, taken: Mapping[Transition, int]) -> None:
+        """Add steps in the lives of requests."""
+        for transition, count in taken.items():
+            self.count("vllm_disagg_kv_transitions_total", count, label=transition.label)
 
     def gauge(self, name: str, value: float) -> None:
         """Set a gauge."""

@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_disagg.config import EngineSettings
+from vllm_disagg.connector.digests import Digester, device_reader, host_reader
 from vllm_disagg.connector.metadata import StepMetadata, WorkerMetadata
 from vllm_disagg.connector.secure import curve_keys
 from vllm_disagg.connector.worker_thread import WorkerThread
+from vllm_disagg.core.keys import derive
 from vllm_disagg.core.types import EngineId
 from vllm_disagg.transport import choose_transport, open_transport
 from vllm_disagg.transport.base import MemoryKind, Region, Transport
@@ -93,7 +95,11 @@ class WorkerSide:
 
         # Among ranks that hold the same, each rank of each decode engine starts counting elsewhere.
         spread = zlib.crc32(self._engine_id.encode()) + tp_rank
-        self._thread = WorkerThread(open_transport=opened, layout=layout, keys=curve_keys(self._key), spread=spread)
+        read = host_reader if memory == "DRAM" else device_reader(list(tensors.values()))
+        digester = Digester(layout=layout, key=derive(self._key, "kv-digest"), read=read)
+        self._thread = WorkerThread(
+            open_transport=opened, layout=layout, keys=curve_keys(self._key), digester=digester, spread=spread
+        )
         descriptor = self._thread.start()
         self._metadata = WorkerMetadata(
             descriptor=descriptor,

@@ -13,12 +13,15 @@ from typing import Any
 import zmq
 
 from vllm_disagg.connector import messages
+from vllm_disagg.connector.digests import Digested, Digester
 from vllm_disagg.connector.guard import Guard
 from vllm_disagg.connector.mailbox import Mailbox
 from vllm_disagg.connector.messages import (
     BeginRead,
+    BlocksDigested,
     CancelRead,
     ConnectPeer,
+    DigestBlocks,
     DisconnectPeer,
     FromWorker,
     PeerState,
@@ -28,6 +31,7 @@ from vllm_disagg.connector.messages import (
 )
 from vllm_disagg.connector.secure import CurveKeys, send_now, server_socket, start_authenticator
 from vllm_disagg.core.types import BlockIds, EngineId, TransferId
+from vllm_disagg.core.verify import DigestJob, HeadSums
 from vllm_disagg.errors import IncompatiblePeer, TransportError
 from vllm_disagg.transport.base import Copy, Outcome, PeerName, TransferHandle, Transport
 from vllm_disagg.transport.layout import RankLayout, Routes, plan_reads, plan_routes
@@ -45,12 +49,14 @@ SERVE_POLL_MS = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadJob:
-    """Fetch one request's blocks: `remote_blocks` of that engine into our `local_blocks`, pairwise in each group."""
+    """Fetch one request's blocks: `remote_blocks` of that engine into our `local_blocks`, pairwise in each group. Then
+    make the digests that `verify` asks for, of what has arrived."""
 
     transfer_id: TransferId
     engine_id: EngineId
     local_blocks: BlockIds
     remote_blocks: BlockIds
+    verify: DigestJob | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +73,13 @@ class _Pull:
     have ended."""
 
     transfer_id: TransferId
+    verify: DigestJob | None = None
     handles: list[TransferHandle] = field(default_factory=list)
     num_bytes: int = 0
     num_descriptors: int = 0
     seconds: float = 0.0
     error: str = ""
+    sums: tuple[HeadSums, ...] = ()
 
     def add(self, outcome: Outcome) -> None:
         """One of its reads has ended."""
@@ -91,6 +99,7 @@ class _Pull:
             num_descriptors=self.num_descriptors,
             seconds=self.seconds,
             error=self.error,
+            sums=self.sums,
         )
 
 
@@ -101,6 +110,7 @@ class WorkerThread:
         open_transport: builds the transport and registers this worker's memory; called on the new thread.
         layout: this worker's KV cache.
         keys: the deployment's CURVE keys.
+        digester: makes digests of the worker's blocks.
         spread: see `plan_routes`.
     """
 
@@ -110,11 +120,12 @@ class WorkerThread:
         open_transport: Callable[[], tuple[Transport, bytes]],
         layout: RankLayout,
         keys: CurveKeys,
+        digester: Digester,
         spread: int = 0,
     ) -> None:
         self._open_transport, self._layout = open_transport, layout
-        self._jobs: Mailbox[ReadJob | None] = Mailbox()
-        self._spread = spread
+        self._jobs: Mailbox[ReadJob | Digested | None] = Mailbox()
+        self._digester, self._spread = digester, spread
         self._sources: dict[EngineId, list[_Source]] = {}
         self._pulls: dict[TransferId, _Pull] = {}
         self._by_handle: dict[int, _Pull] = {}
@@ -153,6 +164,7 @@ class WorkerThread:
         if self._thread.is_alive():
             self._jobs.put(None)
             self._thread.join(timeout=5.0)
+        self._digester.stop()
 
     def _run(self) -> None:
         try:
@@ -175,7 +187,7 @@ class WorkerThread:
         self._wait()
         self._guard.each(self._heard(), self._obey)
         jobs = self._jobs.take_all()
-        self._guard.each((job for job in jobs if job is not None), self._begin)
+        self._guard.each((job for job in jobs if job is not None), self._take)
         if self._transport.num_active:
             self._guard.each(self._transport.poll(), self._ended)
         if self._serving:
@@ -213,8 +225,11 @@ class WorkerThread:
                         engine_id=message.engine_id,
                         local_blocks=message.local_blocks,
                         remote_blocks=message.remote_blocks,
+                        verify=message.verify,
                     )
                 )
+            case DigestBlocks():
+                self._digester.submit(message.job, self._jobs.put)
             case CancelRead():
                 pull = self._pulls.get(message.transfer_id)
                 if pull is None:
@@ -246,12 +261,21 @@ class WorkerThread:
         for source in sources:
             self._transport.disconnect(source.name)
 
+    def _take(self, item: ReadJob | Digested) -> None:
+        if isinstance(item, ReadJob):
+            self._begin(item)
+        elif (pull := self._pulls.pop(item.transfer_id, None)) is not None:
+            pull.sums, pull.error = item.sums, item.error
+            self._say(pull.ended)
+        else:
+            self._say(BlocksDigested(transfer_id=item.transfer_id, sums=item.sums, error=item.error))
+
     def _begin(self, job: ReadJob) -> None:
         if job.transfer_id in self._cancelled:
             del self._cancelled[job.transfer_id]
             self._say(_Pull(job.transfer_id, error="cancelled before it began").ended)
             return
-        pull = _Pull(job.transfer_id)
+        pull = _Pull(job.transfer_id, job.verify)
         try:
             for source, copies in self._planned(job):
                 handle = self._transport.read(source.name, copies)
@@ -283,7 +307,9 @@ class WorkerThread:
         if pull is None:
             return
         pull.add(outcome)
-        if not pull.handles:
+        if not pull.handles and pull.verify is not None and not pull.error:
+            self._digester.submit(pull.verify, self._jobs.put)
+        elif not pull.handles:
             del self._pulls[pull.transfer_id]
             self._say(pull.ended)
         elif pull.error:

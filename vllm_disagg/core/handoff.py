@@ -4,6 +4,7 @@ It is a capability. Only an engine that holds the deployment key can write one, 
 needs from it, and decode checks it before it connects anywhere. Version history:
 
 1  first version
+2  tells how the KV is to be verified
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from collections.abc import Sequence
 
 import msgspec
 
+from vllm_disagg.config import VerifyMode
 from vllm_disagg.core.types import BlockIds, EngineId, TransferId
 from vllm_disagg.errors import InvalidHandoff
 
-HANDOFF_VERSION = 1
+HANDOFF_VERSION = 2
 MAX_ENCODED_BYTES = 4 * 1024 * 1024
 _MAC_BYTES = 32
 
@@ -37,6 +39,7 @@ class Handoff(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid
         prompt_digest: `prompt_digest` of those tokens; decode compares it with its own prompt.
         lease_s: seconds the blocks are kept from now unless renewed. A duration, since clocks differ.
         nonce: of this hold; prefill confirms a read only for the hold it was given for.
+        verify: which blocks' content prefill can vouch for; decode compares them after the read.
     """
 
     version: int
@@ -48,6 +51,11 @@ class Handoff(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid
     prompt_digest: bytes
     lease_s: float
     nonce: str
+    verify: VerifyMode = "off"
+
+    def num_blocks(self, block_size: int) -> int:
+        """Blocks that the prompt needs in each group."""
+        return -(-self.num_tokens // block_size)
 
 
 def seal(handoff: Handoff, key: bytes) -> str:
@@ -104,7 +112,7 @@ def check_fits(handoff: Handoff, *, token_ids: Sequence[int], salt: str, block_s
         raise InvalidHandoff(f"the handoff has {len(handoff.block_ids)} KV cache groups; this engine has {num_groups}")
     if handoff.num_tokens != len(token_ids) or handoff.prompt_digest != prompt_digest(token_ids, salt=salt):
         raise InvalidHandoff("the handoff belongs to another prompt")
-    needed = -(-handoff.num_tokens // block_size)
+    needed = handoff.num_blocks(block_size)
     if any(len(group) < needed for group in handoff.block_ids):
         raise InvalidHandoff(f"the handoff holds fewer than the {needed} blocks its {handoff.num_tokens} tokens need")
     if any(block < 0 for group in handoff.block_ids for block in group):
