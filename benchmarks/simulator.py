@@ -3,7 +3,7 @@
     taskset -c 0,1 python -m benchmarks.simulator
 
 The simulator runs on one core, OPT-13B on emulated A100s with ShareGPT-like lengths, and every effect that it models is
-on. The planner's Algorithms 1 and 2 run for 32 devices in two processes, each time in a new interpreter: once with an
+on. The planner's Algorithms 1 and 2 run for 32 devices in two threads, each time in a new interpreter: once with an
 empty compilation cache and once with a filled one.
 """
 
@@ -79,8 +79,7 @@ def requests_per_s(system: System, num: int, rate: float, backend: Backend = "co
 PLAN = """
 import sys, time
 begin_s = time.perf_counter()
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from vllm_disagg.core.slo import SLO
 from vllm_disagg.planner.candidates import Resources, colocated, segmented
 from vllm_disagg.planner.cluster import Cluster, EngineOptions, Pool
@@ -96,7 +95,7 @@ if __name__ == "__main__":
     )
     workloads = (make_workload(SURROGATES["sharegpt-like"], num_requests=20_000),)
     question = Question(resources=resources, workloads=workloads, slo=SLO(ttft_s=float(ttft_s), tpot_s=float(tpot_s)))
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+    with ThreadPoolExecutor(2) as pool:
         one = algorithm_1(question, pool.map)
         middle_s = time.perf_counter()
         two = algorithm_2(question, pool.map)
@@ -193,7 +192,7 @@ def report(
             f"In plain Python, 2P1D at 2/s per device: {readable['requests_per_s']:,.0f} simulated requests/s.",
             "## Cost over the number of requests, 2P1D",
             scale,
-            "## Algorithms 1 and 2 for 4 nodes of 8 devices, two processes",
+            "## Algorithms 1 and 2 for 4 nodes of 8 devices, two threads",
             search,
         ]
     )

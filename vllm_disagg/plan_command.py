@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
@@ -19,6 +19,7 @@ from vllm_disagg.errors import ConfigError
 from vllm_disagg.plan_settings import PlanSettings, SimulateSettings
 from vllm_disagg.planner.candidates import Resources
 from vllm_disagg.planner.cluster import Cluster, EngineOptions, Pool, critical_length
+from vllm_disagg.planner.fit import judge_profile
 from vllm_disagg.planner.goodput import SearchSettings, find_goodput
 from vllm_disagg.planner.placement import Mapper, Question
 from vllm_disagg.planner.plan import Plan, explain, make_plan, plan_document
@@ -26,7 +27,7 @@ from vllm_disagg.profiles import load_profile
 from vllm_disagg.sim.arrivals import Arrivals
 from vllm_disagg.sim.lengths import SURROGATES, FixedLengths, Lengths, lengths_of, make_workload
 from vllm_disagg.sim.outcome import PHASES
-from vllm_disagg.sim.run import simulate
+from vllm_disagg.sim.run import has_numba, simulate
 from vllm_disagg.sim.system import EngineSpec, FirstToken, Policy, System
 from vllm_disagg.sim.traces import read_trace
 from vllm_disagg.sim.workload import Workload
@@ -38,11 +39,12 @@ NUM_REQUESTS = 20_000
 def run_plan(settings: PlanSettings) -> list[str]:
     """Make a plan and return the lines to print."""
     question = question_of(settings)
+    doubts = doubts_of(question, accept=settings.accept_fit)
     with _mapper(settings.processes) as mapper:
         plan = make_plan(question, mapper)
     if settings.out:
         _write(settings.out, plan_document(plan))
-    lines = [*plan_table(plan), "", plan.verdict]
+    lines = [*plan_table(plan), "", plan.verdict, *(f"warning: {doubt}" for doubt in doubts)]
     if settings.explain:
         lines += ["", *explain(question, settings.rate)]
     return lines
@@ -88,6 +90,23 @@ def question_of(settings: PlanSettings) -> Question:
         rate=settings.rate,
         search=SearchSettings(goal=settings.goal),
     )
+
+
+def doubts_of(question: Question, *, accept: bool) -> list[str]:
+    """What is to be said of the fits that the plan rests on.
+
+    Raises:
+        ConfigError: a fit is too bad to plan with, unless that is accepted.
+    """
+    doubts = []
+    profiles = {id(pool.profile): pool.profile for pool in (question.resources.prefill, question.resources.decode)}
+    for profile in profiles.values():
+        verdict, text = judge_profile(profile)
+        if verdict == "refuse" and not accept:
+            raise ConfigError(f"{text}, or plan all the same with --accept-fit")
+        if verdict in ("warn", "refuse"):
+            doubts.append(text)
+    return doubts
 
 
 def plan_table(plan: Plan) -> list[str]:
@@ -230,13 +249,19 @@ def lengths_from(name: str) -> Lengths:
 
 @contextmanager
 def _mapper(processes: int) -> Iterator[Mapper]:
-    """`map`, in several processes if so many are wanted."""
+    """`map`, on several cores if so many are wanted: in threads where the simulator is compiled, since it then lets go
+    of the interpreter and has to be compiled only once; else in processes."""
     if processes < 1:
         raise ConfigError(f"--processes must be at least 1, not {processes}")
     if processes == 1:
         yield map
         return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    pool: Executor = (
+        ThreadPoolExecutor(processes)
+        if has_numba()
+        else ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+    )
+    with pool:
         yield pool.map
 
 

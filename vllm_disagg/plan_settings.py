@@ -36,7 +36,11 @@ class PlanSettings:
     step_overhead_ms: float = setting(0.0, "Host time per engine step during which the device waits.")
     handoff_ms: float = setting(0.0, "From a prompt's end to the request's arrival at decode, without the KV.")
     seeds: int = setting(5, "Workloads to measure the best placements with; their spread is the interval.")
-    processes: int = setting(2, "Processes that search.")
+    processes: int = setting(2, "Cores that search.")
+    accept_fit: bool = setting(
+        False,
+        "Plan even where the profile's step times were fitted with a median error above 15 % on held-out points.",
+    )
     explain: bool = setting(False, "Also print DistServe's equations 1 to 3 with this model's numbers.")
     out: str | None = setting(None, "Write the plan as JSON to this file.")
 

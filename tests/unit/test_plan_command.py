@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from vllm_disagg import cli
+from vllm_disagg.core.profile import profile_document
 from vllm_disagg.errors import ConfigError, NoFeasiblePlacement
+from vllm_disagg.profiles import load_profile
 
 QUICK = ("--profile", "tiny", "--workload", "fixed:64/8", "--devices-per-node", "2", "--seeds", "2", "--processes", "1")
 
@@ -79,6 +82,91 @@ def test_simulate_replays_a_trace(tmp_path: Path) -> None:
 def test_what_cannot_be_is_one_line(arguments: tuple[str, ...], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         CliRunner().invoke(cli.cli, arguments, catch_exceptions=False)
+
+
+def profile_file(folder: Path, **residuals: float) -> str:
+    """The tiny profile with these left over by its fit."""
+    document = profile_document(load_profile("tiny"))
+    for entry in document["entries"]:
+        entry["residuals"] = residuals
+    file = folder / "profile.json"
+    file.write_text(json.dumps(document))
+    return str(file)
+
+
+def test_a_doubtful_fit_is_said_to_be_one(tmp_path: Path) -> None:
+    doubtful = profile_file(tmp_path, decode_median_relative_error=0.08, prefill_median_relative_error=0.02)
+
+    last = output("plan", "--profile", doubtful, *QUICK[2:]).splitlines()[-1]
+
+    assert last.startswith("warning: the fitted decode steps") and "off by 8.0%" in last
+
+
+def test_a_bad_fit_is_refused_unless_accepted(tmp_path: Path) -> None:
+    bad = profile_file(tmp_path, decode_median_relative_error=0.2)
+
+    with pytest.raises(ConfigError, match=r"off by 20.0% .* or plan all the same with --accept-fit"):
+        output("plan", "--profile", bad, *QUICK[2:])
+    assert "off by 20.0%" in output("plan", "--profile", bad, "--accept-fit", *QUICK[2:])
+
+
+def edited(folder: Path, path: tuple[str | int, ...], value: Any) -> str:
+    """The tiny profile with one field changed."""
+    document = profile_document(load_profile("tiny"))
+    place: Any = document
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    file = folder / "profile.json"
+    file.write_text(json.dumps(document))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("entries", 0, "decode", 0, "constant_ms"), float("nan"), "expected a finite number, not nan"),
+        (("entries", 0, "prefill", 0, "per_token_ms"), "fast", "expected a finite number, not 'fast'"),
+        (("model", "weight_bytes"), 10**13, "10000 GB of weights"),
+        (("model", "max_model_len"), 20, "no request fits 20 tokens"),
+        (("version",), 2, "expected format"),
+    ],
+)
+def test_a_profile_that_cannot_be(path: tuple[str | int, ...], value: Any, said: str, tmp_path: Path) -> None:
+    file = edited(tmp_path, path, value)
+    if path == ("model", "weight_bytes"):
+        document = json.loads(Path(file).read_text())
+        for entry in document["entries"]:
+            entry["kv_capacity_tokens"] = {}
+        Path(file).write_text(json.dumps(document))
+
+    with pytest.raises((ConfigError, NoFeasiblePlacement), match=said):
+        output("plan", "--profile", file, *QUICK[2:])
+
+
+def test_profiles_of_two_models_do_not_go_together(tmp_path: Path) -> None:
+    other = edited(tmp_path, ("model", "name"), "another")
+
+    with pytest.raises(ConfigError, match="give profiles of the same model"):
+        output("plan", "--prefill-profile", other, *QUICK)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "or empty"),
+        ("[]", "no usable conversation"),
+        ('{"timestamp": 0, "input_length": -5, "output_length": 4}', "input_length"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no requests in it"),
+        ("\x00\x01", "not a trace of a known kind"),
+    ],
+)
+def test_a_trace_that_cannot_be(text: str, said: str, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(text)
+
+    with pytest.raises(ConfigError, match=said):
+        output("plan", "--profile", "tiny", "--workload", str(trace))
 
 
 def test_a_plan_that_cannot_be_written(tmp_path: Path) -> None:

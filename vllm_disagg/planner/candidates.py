@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from vllm_disagg.core.link import Link
@@ -14,6 +15,9 @@ from vllm_disagg.planner.cluster import Cluster, EngineOptions, Pool, critical_l
 from vllm_disagg.sim.system import EngineSpec, System
 
 Kind = Literal["colocated", "split"]
+
+_critical_length = cache(critical_length)
+"""It is asked for with every candidate of a shape."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -113,7 +117,7 @@ class Resources:
     def prefill_engine(self, shape: Shape) -> EngineSpec:
         """An instance that packs whole prompts up to L_m."""
         latency = self.prefill.profile.entry(shape.tp).latency
-        l_m = critical_length(latency, self.options.l_m_share, longest=self.model.max_model_len)
+        l_m = _critical_length(latency, self.options.l_m_share, longest=self.model.max_model_len)
         return self._engine(self.prefill.profile, shape, "whole", l_m)
 
     def decode_engine(self, shape: Shape) -> EngineSpec:

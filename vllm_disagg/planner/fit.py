@@ -8,7 +8,7 @@ only where it clearly fits better. The error is told on points that the fit has 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -17,11 +17,16 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares, nnls
 
 from vllm_disagg.core.latency import LatencyModel, Regime, StepWork
+from vllm_disagg.core.profile import Profile
 from vllm_disagg.errors import ConfigError
 
 Fl = NDArray[np.float64]
 
 Region = Literal["prefill", "decode", "mixed"]
+
+Judgement = Literal["good", "warn", "refuse", "unknown"]
+
+_MEDIAN: Final = "median_relative_error"
 
 _LOSS_SCALE: Final = 0.05
 """Relative error beyond which a point counts as an outlier: its weight then grows linearly, not by the square."""
@@ -125,13 +130,32 @@ def region_of(work: StepWork) -> Region:
     return "prefill" if work.num_prefills else "decode"
 
 
-def judge(fit: Fit) -> tuple[Literal["good", "warn", "refuse"], str]:
+def judge(fit: Fit) -> tuple[Judgement, str]:
     """Whether plans may rest on a fit, and the sentence to print."""
-    region, worst = max(fit.errors.items(), key=lambda item: item[1].median)
-    text = f"the fitted {region} steps are off by {worst.median:.1%} at the median on held-out points"
-    if worst.median > REFUSE_ABOVE:
+    return _judged({region: error.median for region, error in fit.errors.items()}, "")
+
+
+def judge_profile(profile: Profile) -> tuple[Judgement, str]:
+    """The same for a profile, by what its fits have left over (`Fit.residuals`). `unknown` where it does not say: then
+    the profile's kind is all there is to go by."""
+    worst: dict[int, tuple[Region, float]] = {}
+    for tp, entry in profile.entries.items():
+        known = {region: entry.residuals.get(f"{region}_{_MEDIAN}") for region in _TERMS}
+        medians = {region: value for region, value in known.items() if value is not None}
+        if medians:
+            worst[tp] = max(medians.items(), key=lambda item: item[1])
+    if not worst:
+        return "unknown", f"the profile of {profile.model.name} does not say how well its step times were fitted"
+    tp, (region, median) = max(worst.items(), key=lambda item: item[1][1])
+    return _judged({region: median}, f" of {profile.model.name} on TP{tp}")
+
+
+def _judged(medians: Mapping[Region, float], whose: str) -> tuple[Judgement, str]:
+    region, median = max(medians.items(), key=lambda item: item[1])
+    text = f"the fitted {region} steps{whose} are off by {median:.1%} at the median on held-out points"
+    if not median <= REFUSE_ABOVE:
         return "refuse", f"{text}, more than {REFUSE_ABOVE:.0%}: measure again on an idle machine"
-    return ("warn" if worst.median > WARN_ABOVE else "good"), text
+    return ("warn" if median > WARN_ABOVE else "good"), text
 
 
 Fitter = Callable[[Sequence[Point]], tuple[Regime, ...]]

@@ -28,6 +28,9 @@ _MAX_DOUBLINGS = 60
 _MOST_MISSING = 8
 """A workload with fewer than one in so many of the needed requests finds no limit any more."""
 
+_FIRST_FACTOR, _LAST_FACTOR = 1.25, 4.0
+"""Between the first two rates that are tried, and between two of them at most. Each is the square of the last."""
+
 _FEW = 100
 
 _FAR = 0.1
@@ -121,6 +124,7 @@ def find_goodput(
     settings: SearchSettings | None = None,
     *,
     guess: float | None = None,
+    limit: float = math.inf,
 ) -> Goodput:
     """Search the goodput of a system.
 
@@ -131,6 +135,9 @@ def find_goodput(
         slo: the targets.
         settings: of the search.
         guess: a rate near which to begin; None for one of the workload's own.
+        limit: a rate that cannot be exceeded, for instance from `bounds`: none above it is tried, and it is the answer
+            where it meets the goal. Overloaded runs are the long ones, and short ones among them look better than they
+            are.
 
     Raises:
         ConfigError: there is no workload.
@@ -140,7 +147,7 @@ def find_goodput(
     settings = settings or SearchSettings()
     found, probes, start = [], 0, guess
     for workload in workloads:
-        value, num = _of_one(system, workload, slo, settings, start or workload.rate)
+        value, num = _of_one(system, workload, slo, settings, min(start or workload.rate, limit), limit)
         found.append(value)
         probes += num
         start = value or start
@@ -179,8 +186,10 @@ def needed_scale(outcome: Outcome, slo: SLO) -> Floats:
     return scale
 
 
-def _of_one(system: System, workload: Workload, slo: SLO, settings: SearchSettings, start: float) -> tuple[float, int]:
-    """Bracket by doubling and halving, then bisect on the logarithm, then interpolate."""
+def _of_one(
+    system: System, workload: Workload, slo: SLO, settings: SearchSettings, start: float, limit: float
+) -> tuple[float, int]:
+    """Bracket by steps that grow, since the start is often near, then bisect on the logarithm, then interpolate."""
     seen: dict[float, float] = {}
 
     def enough(rate: float) -> bool:
@@ -188,20 +197,25 @@ def _of_one(system: System, workload: Workload, slo: SLO, settings: SearchSettin
         return seen[rate] >= settings.goal
 
     low = high = start
+    factor = _FIRST_FACTOR
     if enough(start):
-        while enough(high := high * 2):
-            low = high
+        while low < limit and enough(high := min(high * factor, limit)):
+            low, factor = high, min(factor**2, _LAST_FACTOR)
             if settings.needed(workload, high, slo) > _MOST_MISSING * len(workload) or len(seen) > _MAX_DOUBLINGS:
                 raise ConfigError(
                     f"{len(workload)} requests are too few to find the goodput: they meet their targets even at "
                     f"{high:.3g}/s, where they last only {len(workload) / high:.2g} s"
                 )
+        if low >= limit:
+            return limit, len(seen)
     else:
         floor = _one_at_a_time(workload, slo)
-        if start <= floor or _hopeless(system, workload, floor, slo, settings) or not enough(floor):
+        if seen[start] < settings.goal - _FAR and _hopeless(system, workload, floor, slo, settings):
             return 0.0, len(seen)
-        while (low := max(low / 2, floor)) > floor and not enough(low):
-            high = low
+        while low > floor and not enough(low := max(low / factor, floor)):
+            high, factor = low, min(factor**2, _LAST_FACTOR)
+        if seen[low] < settings.goal:
+            return 0.0, len(seen)
     while high - low > settings.tolerance * low:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if enough(middle) else (low, middle)

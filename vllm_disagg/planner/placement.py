@@ -13,9 +13,8 @@ from typing import Any, Final, Literal
 
 from vllm_disagg.core.slo import SLO
 from vllm_disagg.errors import ConfigError, NoFeasiblePlacement
-from vllm_disagg.planner.bounds import Load, decode_bound, load_of, prefill_bound
+from vllm_disagg.planner.bounds import decode_bound, load_of, prefill_bound
 from vllm_disagg.planner.candidates import Candidate, Resources, Shape, colocated, segmented, shapes
-from vllm_disagg.planner.cluster import Pool
 from vllm_disagg.planner.goodput import Goodput, SearchSettings, attainment_at, find_goodput, slo_scale
 from vllm_disagg.planner.limits import Limit, limit_of
 from vllm_disagg.sim.run import simulate
@@ -26,6 +25,11 @@ Mapper = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 """`map`, or that of a pool of processes."""
 
 Algorithm = Literal["1", "2", "colocated"]
+
+_Phase = Literal["prefill", "decode"]
+
+_NEAR: Final = {"prefill": 0.6, "decode": 1.0, "both": 0.7}
+"""The share of its bound at which the search for a goodput begins."""
 
 _NEVER: Final = math.inf
 _BATCH: Final = 8
@@ -128,22 +132,30 @@ def algorithm_1(question: Question, mapper: Mapper = map) -> list[Score]:
     Returns:
         The best placements, best first, quickly measured; none where no shape of a phase meets its target.
     """
-    resources, slo = question.resources, question.slo
-    targets = SLO(ttft_s=slo.ttft_s, tpot_s=_NEVER), SLO(ttft_s=_NEVER, tpot_s=slo.tpot_s)
-    apart: list[dict[Shape, float]] = []
-    phases: tuple[tuple[Literal["prefill", "decode"], SLO, Pool], ...] = (
-        ("prefill", targets[0], resources.prefill),
-        ("decode", targets[1], resources.decode),
-    )
-    for phase, target, pool in phases:
-        tasks = [
-            (_slim(question), phase, shape, target)
-            for shape in shapes(pool.profile, resources.cluster, resources.longest_tokens)
-        ]
-        found = {task[2]: goodput for task, goodput in zip(tasks, mapper(_phase_goodput, tasks), strict=True)}
-        apart.append({shape: goodput for shape, goodput in found.items() if goodput > 0})
-    candidates = _combined(question, apart[0], apart[1])
-    scores = [score for candidate in candidates for score in _grown(question, candidate, mapper)]
+    resources, pools = question.resources, (question.resources.prefill, question.resources.decode)
+    of_prefill, of_decode = (shapes(pool.profile, resources.cluster, resources.longest_tokens) for pool in pools)
+    bounds = _PhaseBounds(question, mapper)
+    bounds.measure("prefill", [(shape, 1) for shape in of_prefill])
+    measured: set[Shape] = set()
+    while True:  # only the decode shapes that may be part of the best combinations are simulated
+        candidates = _combined(
+            question,
+            {shape: bounds.prefill(shape, 1) for shape in of_prefill if bounds.prefill(shape, 1) > 0},
+            {shape: bounds.decode(shape, 1) for shape in of_decode if bounds.decode(shape, 1) > 0},
+        )
+        missing = {candidate.decode for candidate in candidates} - measured
+        if not missing:
+            break
+        bounds.measure("decode", [(shape, 1) for shape in sorted(missing)])
+        measured |= missing
+    slim = _slim(question)
+    grown = dict.fromkeys(mapper(_grown, [(slim, candidate) for candidate in candidates]))
+    tasks = [(slim, candidate, 0.0, bounds.bound(candidate) * _BOUND_SLACK) for candidate in grown]
+    scores = [
+        Score(candidate=candidate, algorithm="1", goodput=goodput, price=resources.price(candidate))
+        for candidate, goodput in zip(grown, mapper(_quick_goodput, tasks), strict=True)
+        if goodput is not None and goodput.mean > 0
+    ]
     return sorted(scores, key=lambda score: score.rank)
 
 
@@ -207,28 +219,30 @@ def require_shapes(question: Question) -> None:
 # Workers: plain functions of one value, so that a pool of processes can run them.
 
 
-def _phase_goodput(task: tuple[Question, Literal["prefill", "decode"], Shape, SLO]) -> float:
-    question, phase, shape, slo = task
+def _phase_goodput(task: tuple[Question, _Phase, Shape, int, float]) -> float:
+    """What so many instances give if the other phase costs nothing, at most the limit."""
+    question, phase, shape, num, limit = task
     workload, search = question.quick
-    load = load_of([workload])
+    slo, resources = question.slo, question.resources
     if phase == "prefill":
-        engine = question.resources.prefill_engine(shape)
-        bound = prefill_bound(engine, load)
+        engine, target = resources.prefill_engine(shape), SLO(ttft_s=slo.ttft_s, tpot_s=_NEVER)
     else:
-        engine = question.resources.decode_engine(shape)
-        bound = decode_bound(engine, load, slo)
-    system = System(decode=(engine,), phase=phase)
-    return find_goodput(system, [workload], slo, search, guess=_guess(bound)).mean
+        engine, target = resources.decode_engine(shape), SLO(ttft_s=_NEVER, tpot_s=slo.tpot_s)
+    system = System(decode=(engine,) * num, phase=phase)
+    # Decoding is mostly bound by memory or the targets, and then the bound is near; prompts queue before.
+    return find_goodput(system, [workload], target, search, guess=_guess(limit, _NEAR[phase]), limit=limit).mean
 
 
 def _quick_goodput(task: tuple[Question, Candidate, float, float]) -> Goodput | None:
     """None where it does not reach the rate to beat."""
-    question, candidate, to_beat, guess = task
+    question, candidate, to_beat, limit = task
     workload, search = question.quick
     system = question.resources.system(candidate)
     if to_beat > 0 and attainment_at(system, workload, to_beat, question.slo, search) < search.goal:
         return None
-    return find_goodput(system, [workload], question.slo, search, guess=guess or None)
+    return find_goodput(
+        system, [workload], question.slo, search, guess=max(to_beat, _guess(limit, _NEAR["both"])), limit=limit
+    )
 
 
 def _measure(task: tuple[Question, Score]) -> Score:
@@ -248,9 +262,10 @@ def _search(
     question: Question, candidates: list[Candidate], algorithm: Algorithm, keep: int, mapper: Mapper
 ) -> list[Score]:
     """The best candidates. Those whose bound lies below what the best already reach are left out."""
-    load = load_of(question.workloads)
-    price = question.resources.price
-    bounds = {candidate: _bound(question, candidate, load) for candidate in candidates}
+    price, of_phase = question.resources.price, _PhaseBounds(question, mapper)
+    split = [candidate for candidate in candidates if candidate.prefill is not None]
+    of_phase.measure("prefill", [(c.prefill, c.num_prefill) for c in split if c.prefill is not None])
+    bounds = {candidate: of_phase.bound(candidate) for candidate in candidates}
     order = sorted(candidates, key=lambda c: (-bounds[c] / price(c), c.num_devices))
     best: list[Score] = []
     for begin in range(0, len(order), _BATCH):
@@ -258,7 +273,7 @@ def _search(
         batch = [c for c in order[begin : begin + _BATCH] if bounds[c] * _BOUND_SLACK > to_beat * price(c)]
         if not batch and bounds[order[begin]] < math.inf:
             break
-        tasks = [(_slim(question), c, to_beat * price(c), _guess(bounds[c])) for c in batch]
+        tasks = [(_slim(question), c, to_beat * price(c), bounds[c] * _BOUND_SLACK) for c in batch]
         for candidate, goodput in zip(batch, mapper(_quick_goodput, tasks), strict=True):
             if goodput is not None and goodput.mean > 0:
                 best.append(Score(candidate=candidate, algorithm=algorithm, goodput=goodput, price=price(candidate)))
@@ -266,26 +281,68 @@ def _search(
     return best
 
 
-def _guess(bound: float) -> float:
-    """Where to begin: goodput is often a little above half of the bound."""
-    return 0.6 * bound if 0 < bound < 1e6 else 1.0
+class _PhaseBounds:
+    """The most that instances of one phase give: by their step times (`bounds`), and where it was simulated by that.
+
+    Prompts alone are simulated in a millisecond, and queues make them miss a tight target long before the device is
+    full. That leaves most pairs of shapes out before anything is decoded.
+    """
+
+    def __init__(self, question: Question, mapper: Mapper) -> None:
+        self._question, self._mapper = _slim(question), mapper
+        self._load = load_of(question.workloads)
+        self._simulated: dict[tuple[_Phase, Shape, int], float] = {}
+        self._by_step_times: dict[tuple[_Phase, Shape], float] = {}
+
+    def measure(self, phase: _Phase, systems: Iterable[tuple[Shape, int]]) -> None:
+        """Simulate these numbers of instances without the other phase."""
+        tasks = [
+            (self._question, phase, shape, num, num * self._one(phase, shape) * _BOUND_SLACK)
+            for shape, num in dict.fromkeys(systems)
+            if (phase, shape, num) not in self._simulated
+        ]
+        for task, goodput in zip(tasks, self._mapper(_phase_goodput, tasks), strict=True):
+            self._simulated[task[1:4]] = goodput
+
+    def prefill(self, shape: Shape, num: int) -> float:
+        """Prompts per second."""
+        return self._simulated.get(("prefill", shape, num), num * self._one("prefill", shape))
+
+    def decode(self, shape: Shape, num: int) -> float:
+        """Requests per second."""
+        return self._simulated.get(("decode", shape, num), num * self._one("decode", shape))
+
+    def bound(self, candidate: Candidate) -> float:
+        """Requests per second that it can serve at most."""
+        if candidate.prefill is not None:
+            return min(
+                self.prefill(candidate.prefill, candidate.num_prefill),
+                self.decode(candidate.decode, candidate.num_decode),
+            )
+        engine = self._question.resources.colocated_engine(candidate.decode, candidate.budget)
+        return candidate.num_decode * min(
+            prefill_bound(engine, self._load), decode_bound(engine, self._load, self._question.slo)
+        )
+
+    def _one(self, phase: _Phase, shape: Shape) -> float:
+        if (phase, shape) not in self._by_step_times:
+            resources, load = self._question.resources, self._load
+            self._by_step_times[phase, shape] = (
+                prefill_bound(resources.prefill_engine(shape), load)
+                if phase == "prefill"
+                else decode_bound(resources.decode_engine(shape), load, self._question.slo)
+            )
+        return self._by_step_times[phase, shape]
+
+
+def _guess(bound: float, share: float) -> float:
+    """Where to begin."""
+    return share * bound if 0 < bound < 1e6 else 1.0
 
 
 def _slim(question: Question) -> Question:
     """Without the seeds that a quick run does not use: it travels to another process with every candidate."""
     return replace(question, workloads=question.workloads[:1])
-
-
-def _bound(question: Question, candidate: Candidate, load: Load) -> float:
-    """Requests per second that it can serve at most."""
-    resources = question.resources
-    if candidate.prefill is None:
-        engine = resources.colocated_engine(candidate.decode, candidate.budget)
-        return candidate.num_decode * min(prefill_bound(engine, load), decode_bound(engine, load, question.slo))
-    return min(
-        candidate.num_prefill * prefill_bound(resources.prefill_engine(candidate.prefill), load),
-        candidate.num_decode * decode_bound(resources.decode_engine(candidate.decode), load, question.slo),
-    )
 
 
 def _combined(question: Question, prefill: dict[Shape, float], decode: dict[Shape, float]) -> list[Candidate]:
@@ -322,8 +379,9 @@ def _numbers(
     return [(n, m) for n, m in pairs if n * prefill.num_devices + m * decode.num_devices <= limit]
 
 
-def _grown(question: Question, candidate: Candidate, mapper: Mapper) -> list[Score]:
-    """Check Algorithm 1's answer jointly. With a rate, add instances until it is reached or the cluster is full."""
+def _grown(task: tuple[Question, Candidate]) -> Candidate:
+    """Check Algorithm 1's answer jointly: with a rate, add instances until it is reached or the cluster is full."""
+    question, candidate = task
     resources, search, workload = question.resources, question.search, question.workloads[0]
     while question.rate is not None:
         outcome = simulate(
@@ -339,7 +397,4 @@ def _grown(question: Question, candidate: Candidate, mapper: Mapper) -> list[Sco
         if larger.num_devices > resources.cluster.num_devices:
             break
         candidate = larger
-    (goodput,) = mapper(_quick_goodput, [(question, candidate, 0.0, question.rate or 0.0)])
-    if goodput.mean == 0:
-        return []
-    return [Score(candidate=candidate, algorithm="1", goodput=goodput, price=resources.price(candidate))]
+    return candidate

@@ -11,10 +11,10 @@ from vllm_disagg.core.latency import LatencyModel, Regime
 from vllm_disagg.sim import kernel as k
 from vllm_disagg.sim.outcome import LOG_COLUMNS, Outcome
 from vllm_disagg.sim.system import System
-from vllm_disagg.sim.workload import NO_INTS, Workload
+from vllm_disagg.sim.workload import Workload
 
-_POLICIES: Final = {"chunked": k.CHUNKED, "whole": k.WHOLE, "prefill_first": k.PREFILL_FIRST}
-_PHASES: Final = {"both": 0, "prefill": 1, "decode": k.DECODE_ONLY}
+_POLICIES: Final[dict[str, Any]] = {"chunked": k.CHUNKED, "whole": k.WHOLE, "prefill_first": k.PREFILL_FIRST}
+_PHASES: Final[dict[str, Any]] = {"both": 0, "prefill": 1, "decode": k.DECODE_ONLY}
 
 
 def run_compiled(system: System, workload: Workload, *, log: bool = False) -> Outcome:
@@ -36,15 +36,26 @@ def _attempt(system: System, workload: Workload, log_rows: int) -> tuple[Outcome
     R, T = _requests(system, workload)
     E, F = _engines(system, prefixes.chunk_tokens if prefixes else 0, max_seqs, max_stages)
     S, X = _system(system)
-    log = np.zeros((log_rows, len(LOG_COLUMNS)))
+    rows = np.zeros((log_rows, len(LOG_COLUMNS)))
     parts = np.zeros((len(engines), max_stages, max_seqs + 1, 2), dtype=np.int64)
-    left = np.full((len(engines), num_chunks + num if num_chunks else 0, 4), k.NONE, dtype=np.int64)
+    left = np.full((len(engines), num_chunks + num, 4), k.NONE, dtype=np.int64) if num_chunks else None
     heap = np.zeros((3 * num + (max_stages + 4) * len(engines), 4))
     k.run(  # type: ignore[no-untyped-call]
-        R, T, E, F, S, X, _latencies(system), parts, prefixes.ids if prefixes else NO_INTS, left, heap, log
+        R,
+        T,
+        E,
+        F,
+        S,
+        X,
+        _latencies(system),
+        parts,
+        prefixes.ids if num_chunks and prefixes else None,
+        left,
+        heap,
+        rows,
     )
     logged = int(S[k.LOGGED])
-    return _outcome(R, T, S, log[:logged]), logged
+    return _outcome(R, T, S, rows[:logged]), logged
 
 
 def _requests(system: System, workload: Workload) -> tuple[Any, Any]:

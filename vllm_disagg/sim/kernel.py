@@ -5,7 +5,9 @@ sums are written in the same order, and events of the same moment keep the order
 
 Everything a run needs lies in a few arrays, since every array that is handed to a compiled function costs time: `R`
 has a row of whole numbers per request and `T` a row of times, `E` and `F` the same per engine, `S` and `X` hold what
-there is once, `parts` the steps under way, `ids` and `left` the prefix cache. Names of columns are the constants below.
+there is once, `parts` the steps under way, `ids` and `left` the prefix cache.
+Where no prompt shares its beginning with another, `ids` and `left` are None: numba then leaves out what works on them,
+and has less to compile. Names of columns are the constants below.
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ import math
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
+import numpy as np
 from numba import njit
 
-from vllm_disagg.sim.outcome import DISPATCH, FINISH, PREEMPTION, STEP, TRANSFER
-from vllm_disagg.sim.reference import HANDED_OVER, PULLED, QUEUED, STAGE_FREE, STEP_END, WAKE
+from vllm_disagg.sim import outcome, reference
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -25,9 +27,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 def _compiled(function: _F) -> _F:
     """numba's compiler, with its result kept on disk where that can be written."""
     try:
-        return njit(cache=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+        return njit(cache=True, nogil=True, error_model="numpy")(function)  # type: ignore[no-any-return]
     except RuntimeError:  # nowhere to keep it
-        return njit(error_model="numpy")(function)  # type: ignore[no-any-return]
+        return njit(nogil=True, error_model="numpy")(function)  # type: ignore[no-any-return]
 
 
 def _inner(function: _F) -> _F:
@@ -35,48 +37,65 @@ def _inner(function: _F) -> _F:
     return njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)  # type: ignore[no-any-return]
 
 
+def _numbers(count: int) -> list[np.int64]:
+    """0, 1, 2, ... numba gives each plain number among the globals a type of its own, and compiles every function once
+    for each of those that it is called with; numbers of numpy all have one type."""
+    return [np.int64(number) for number in range(count)]
+
+
+DISPATCH, FINISH, PREEMPTION, STEP, TRANSFER = (
+    np.int64(getattr(outcome, name)) for name in ("DISPATCH", "FINISH", "PREEMPTION", "STEP", "TRANSFER")
+)
+HANDED_OVER, PULLED, QUEUED, STAGE_FREE, STEP_END, WAKE = (
+    np.int64(getattr(reference, name)) for name in ("HANDED_OVER", "PULLED", "QUEUED", "STAGE_FREE", "STEP_END", "WAKE")
+)
+
 # Columns of R, one row per request. Pairs are for the prefill and for the decode instance.
 (
     KNOWN, COMPUTED, ROOM, ROOM_D, EPOCH, TOTAL, PROMPT, SPLIT, ON_DECODE, REMOTE, PULL_FAILED, OWN, OWN_D,
     CHUNKS, CHUNKS_D, HELD, HELD_D, P, D, NEXT, NEXT_HOLD, CACHED, PREEMPTIONS, REFUSED, FIRST_CHUNK, NUM_CHUNKS, NUM_R,
-) = range(27)  # fmt: skip
+) = _numbers(27)  # fmt: skip
 
 # Columns of T.
 (
     ARRIVAL, LAST_TOKEN, HOLD_UNTIL, PREFILL_START, PREFILL_END, TRANSFER_START, TRANSFER_END, DECODE_START,
     FIRST_DECODE, FIRST_TOKEN, FINISHED, LONGEST_GAP, NUM_T,
-) = range(13)  # fmt: skip
+) = _numbers(13)  # fmt: skip
 
 # Columns of E, one row per engine. From NUM_E on: its running requests.
 (
     BLOCKS, BLOCK_SIZE, STAGES, POLICY, BUDGET, MAX_SEQS, WATERMARK, CHUNK_TOKENS, SIDE, END,
     FREE, RUNNING, WAITING, WAITING_LAST, FETCHED, FETCHED_LAST, STEP_FIRST, STEP_COUNT, HOLD, HOLD_LAST,
     LOAD_TOKENS, LOAD_REQUESTS, LAST_CHOSEN, LEFT_FIRST, LEFT_LAST, LEFT_BLOCKS, NUM_E,
-) = range(27)  # fmt: skip
+) = _numbers(27)  # fmt: skip
 
 # Columns of F. From NUM_F on: when each stage is free.
-STEP_OVERHEAD, REQUEST_OVERHEAD, HOP, WAKE_AT, NUM_F = range(5)
+STEP_OVERHEAD, REQUEST_OVERHEAD, HOP, WAKE_AT, NUM_F = _numbers(5)
 
 # Places in S. From NUM_S on: the engines that may form a step.
 (
     PUSHED, CHOICES, STEPS, EVENTS, LOGGED, HEAP, DIRTY, NUM_PREFILL, FIRST_FROM_PREFILL, MIN_SPLIT, PHASE, KV_BYTES,
     TOKENS, AREA, PREFILLS, DECODES, CONTEXT, NUM_S,
-) = range(18)  # fmt: skip
+) = _numbers(18)  # fmt: skip
 
 # Places in X. From NUM_X on: when each link end is free to send, and to receive.
-BANDWIDTH, LATENCY, HANDOFF, DISPATCH_S, HOLD_CAP, PULL_TIMEOUT, NUM_X = range(7)
+BANDWIDTH, LATENCY, HANDOFF, DISPATCH_S, HOLD_CAP, PULL_TIMEOUT, NUM_X = _numbers(7)
 
 # The last axis of `left`, one entry per chunk and then one per request: its neighbours in the line of leftovers, its
 # blocks (NONE for one that is not in line), and the references on a chunk (NONE for one that is not cached).
-BEFORE, AFTER, SIZE, REFS = range(4)
+BEFORE, AFTER, SIZE, REFS = _numbers(4)
 
-CHUNKED, WHOLE, PREFILL_FIRST = 0, 1, 2
-DECODE_ONLY = 2
+CHUNKED, WHOLE, PREFILL_FIRST = _numbers(3)
+DECODE_ONLY = np.int64(2)
 
 # Columns of a regime in the table of latencies.
-UP_TO, CONSTANT, PER_TOKEN, PER_AREA, PER_PREFILL, PER_DECODE, PER_CONTEXT, NUM_REGIME = range(8)
+UP_TO, CONSTANT, PER_TOKEN, PER_AREA, PER_PREFILL, PER_DECODE, PER_CONTEXT, NUM_REGIME = _numbers(8)
 
-NONE: Final = -1
+# The second axis of the table of latencies.
+OF_PREFILL, OF_DECODE, OF_MIXED = _numbers(3)
+
+NONE: Final = np.int64(-1)
+ZERO: Final = np.int64(0)
 
 
 # The queue of events: a binary heap over (time, order of pushing).
@@ -109,8 +128,8 @@ def _pop(S, heap):
     """Drop the first event."""
     S[HEAP] -= 1
     size = S[HEAP]
-    _swap(heap, 0, size)
-    at = 0
+    _swap(heap, ZERO, size)
+    at = ZERO
     while True:
         child = 2 * at + 1
         if child >= size:
@@ -221,6 +240,8 @@ def _leave_line(E, left, i, node):
 
 @_inner
 def _overwrite(E, R, left, i):
+    if left is None:
+        return
     num_chunks = left.shape[1] - len(R)
     while E[i, LEFT_BLOCKS] > E[i, FREE]:
         node = E[i, LEFT_FIRST]
@@ -237,9 +258,11 @@ def _overwrite(E, R, left, i):
 
 @_inner
 def _find(E, R, ids, left, i, r):
+    if left is None:
+        return ZERO
+    found = ZERO
     if E[i, CHUNK_TOKENS] == 0:
-        return 0
-    found = 0
+        return found
     for k in range(R[r, FIRST_CHUNK], R[r, FIRST_CHUNK] + R[r, NUM_CHUNKS]):
         if left[i, ids[k], REFS] == NONE:
             break
@@ -257,6 +280,8 @@ def _hit_tokens(E, i, num_chunks, known):
 @_inner
 def _price(E, R, ids, left, i, r, num_chunks, num_tokens):
     blocks = _blocks(E, i, num_tokens) - _prefix_blocks(E, i, num_chunks)
+    if left is None:
+        return blocks
     for k in range(num_chunks):
         if left[i, ids[R[r, FIRST_CHUNK] + k], REFS] == 0:
             blocks += _chunk_blocks(E, i, k)
@@ -292,12 +317,13 @@ def _grow(E, R, left, i, r, num_tokens):
 @_inner
 def _hold(E, R, ids, left, i, r, num_chunks, num_tokens):
     """`Pool.admit`."""
-    for k in range(num_chunks):
-        chunk = ids[R[r, FIRST_CHUNK] + k]
-        if left[i, chunk, REFS] == 0:
-            _leave_line(E, left, i, chunk)
-            E[i, FREE] -= _chunk_blocks(E, i, k)
-        left[i, chunk, REFS] += 1
+    if left is not None:
+        for k in range(num_chunks):
+            chunk = ids[R[r, FIRST_CHUNK] + k]
+            if left[i, chunk, REFS] == 0:
+                _leave_line(E, left, i, chunk)
+                E[i, FREE] -= _chunk_blocks(E, i, k)
+            left[i, chunk, REFS] += 1
     side = E[i, SIDE]
     R[r, HELD + side], R[r, OWN + side], R[r, CHUNKS + side] = 1, 0, num_chunks
     _set_room(E, R, i, r)
@@ -306,6 +332,8 @@ def _hold(E, R, ids, left, i, r, num_chunks, num_tokens):
 
 @_inner
 def _publish(E, R, ids, left, i, r, num_tokens):
+    if left is None:
+        return
     if E[i, CHUNK_TOKENS] == 0:
         return
     side = E[i, SIDE]
@@ -326,21 +354,31 @@ def _publish(E, R, ids, left, i, r, num_tokens):
 
 
 @_inner
+def _leave_behind(E, R, ids, left, i, r):
+    """What an ended request leaves in the cache."""
+    if left is None:
+        return
+    if E[i, CHUNK_TOKENS] == 0:
+        return
+    side = E[i, SIDE]
+    node = left.shape[1] - len(R) + r
+    before = ZERO
+    if left[i, node, SIZE] != NONE:
+        before = _leave_line(E, left, i, node)
+    _line_up(E, left, i, node, before + R[r, OWN + side])
+    for k in range(R[r, CHUNKS + side] - 1, -1, -1):
+        chunk = ids[R[r, FIRST_CHUNK] + k]
+        left[i, chunk, REFS] -= 1
+        if left[i, chunk, REFS] == 0:
+            _line_up(E, left, i, chunk, _chunk_blocks(E, i, k))
+            E[i, FREE] += _chunk_blocks(E, i, k)
+
+
+@_inner
 def _release(E, R, ids, left, i, r):
     side = E[i, SIDE]
     E[i, FREE] += R[r, OWN + side]
-    if E[i, CHUNK_TOKENS] > 0:
-        node = left.shape[1] - len(R) + r
-        before = 0
-        if left[i, node, SIZE] != NONE:
-            before = _leave_line(E, left, i, node)
-        _line_up(E, left, i, node, before + R[r, OWN + side])
-        for k in range(R[r, CHUNKS + side] - 1, -1, -1):
-            chunk = ids[R[r, FIRST_CHUNK] + k]
-            left[i, chunk, REFS] -= 1
-            if left[i, chunk, REFS] == 0:
-                _line_up(E, left, i, chunk, _chunk_blocks(E, i, k))
-                E[i, FREE] += _chunk_blocks(E, i, k)
+    _leave_behind(E, R, ids, left, i, r)
     R[r, OWN + side] = R[r, CHUNKS + side] = R[r, HELD + side] = R[r, ROOM + side] = 0
 
 
@@ -370,18 +408,18 @@ def _sum(table, i, kind, k, tokens, area, prefills, decodes, context):
 @_inner
 def _step_s(table, i, tokens, area, prefills, decodes, context):
     if prefills == 0:
-        k = _regime_of(table, i, 1, decodes)
-        return max(0.0, _sum(table, i, 1, k, 0, area, prefills, decodes, context))
+        k = _regime_of(table, i, OF_DECODE, decodes)
+        return max(0.0, _sum(table, i, OF_DECODE, k, ZERO, area, prefills, decodes, context))
     if decodes == 0:
-        k = _regime_of(table, i, 0, tokens)
-        return max(0.0, _sum(table, i, 0, k, tokens, area, prefills, decodes, context))
+        k = _regime_of(table, i, OF_PREFILL, tokens)
+        return max(0.0, _sum(table, i, OF_PREFILL, k, tokens, area, prefills, decodes, context))
     every = tokens + decodes
-    if not math.isnan(table[i, 2, 0, UP_TO]):
-        k = _regime_of(table, i, 2, every)
-        return max(0.0, _sum(table, i, 2, k, tokens, area, prefills, decodes, context))
-    context_s = table[i, 1, _regime_of(table, i, 1, decodes), PER_CONTEXT] * context
-    k = _regime_of(table, i, 0, every)
-    return max(0.0, _sum(table, i, 0, k, every, area, prefills, decodes, context) + context_s)
+    if not math.isnan(table[i, OF_MIXED, 0, UP_TO]):
+        k = _regime_of(table, i, OF_MIXED, every)
+        return max(0.0, _sum(table, i, OF_MIXED, k, tokens, area, prefills, decodes, context))
+    context_s = table[i, OF_DECODE, _regime_of(table, i, OF_DECODE, decodes), PER_CONTEXT] * context
+    k = _regime_of(table, i, OF_PREFILL, every)
+    return max(0.0, _sum(table, i, OF_PREFILL, k, every, area, prefills, decodes, context) + context_s)
 
 
 # What happens.
@@ -446,13 +484,13 @@ def _arrive(R, T, E, S, X, heap, log, r, now_s):
     R[r, D] = decode
     place = decode
     if S[NUM_PREFILL] > 0 and R[r, PROMPT] >= S[MIN_SPLIT]:
-        place = _least_loaded(E, 0, S[NUM_PREFILL])
+        place = _least_loaded(E, ZERO, S[NUM_PREFILL])
         _carry(E, S, R, place, r)
         R[r, P] = place
         R[r, SPLIT] = 1
     else:
         R[r, ON_DECODE] = 1
-    _note(S, log, DISPATCH, now_s, now_s, decode, r, R[r, P], 0.0, 0.0)
+    _note(S, log, DISPATCH, now_s, now_s, decode, r, float(R[r, P]), 0.0, 0.0)
     if S[PHASE] == DECODE_ONLY:
         R[r, KNOWN] += 1
         R[r, SPLIT] = R[r, REMOTE] = 1
@@ -494,7 +532,7 @@ def _end_prompt(R, T, E, S, X, ids, left, heap, log, i, r, now_s):
 
 @_inner
 def _leave_running(E, i, r):
-    at = 0
+    at = ZERO
     while E[i, NUM_E + at] != r:
         at += 1
     E[i, RUNNING] -= 1
@@ -530,7 +568,7 @@ def _end_step(R, T, E, S, X, parts, ids, left, heap, log, i, now_s):
 
 @_inner
 def _preempt(R, E, S, ids, left, log, i, r, now_s):
-    _note(S, log, PREEMPTION, now_s, now_s, i, r, R[r, COMPUTED], 0.0, 0.0)
+    _note(S, log, PREEMPTION, now_s, now_s, i, r, float(R[r, COMPUTED]), 0.0, 0.0)
     _release(E, R, ids, left, i, r)
     R[r, COMPUTED] = 0
     R[r, EPOCH] += 1
@@ -561,7 +599,7 @@ def _continue_decoding(R, E, S, parts, i, slot, position, budget):
     """The common case of `_continue_running`, without a call for each request: one new token, and room for it. Stops at
     the first request that needs more, and returns its position."""
     room, last, caches = ROOM + E[i, SIDE], E[i, RUNNING], E[i, CHUNK_TOKENS] > 0
-    k, context = parts[i, slot, 0, 0], 0
+    k, context = parts[i, slot, 0, 0], ZERO
     first = k
     while position < last and k - first < budget:
         r = E[i, NUM_E + position]
@@ -582,7 +620,7 @@ def _continue_decoding(R, E, S, parts, i, slot, position, budget):
 
 @_inner
 def _continue_running(R, E, S, parts, ids, left, log, i, slot, budget, now_s):
-    position, preempted = 0, False
+    position, preempted = ZERO, False
     while position < E[i, RUNNING] and budget > 0:
         before = position
         position = _continue_decoding(R, E, S, parts, i, slot, position, budget)
@@ -641,7 +679,7 @@ def _start_pull(R, T, E, S, X, heap, log, i, r, hit, now_s):
         X[NUM_X + 2 * out] = X[NUM_X + 2 * into + 1] = end_s
     limit_s = now_s + X[PULL_TIMEOUT]
     R[r, PULL_FAILED] = 1 if end_s > limit_s or end_s > T[r, HOLD_UNTIL] else 0
-    _note(S, log, TRANSFER, now_s, end_s, i, r, sender, blocks, 1.0 - R[r, PULL_FAILED])
+    _note(S, log, TRANSFER, now_s, end_s, i, r, float(sender), float(blocks), 1.0 - R[r, PULL_FAILED])
     _push(S, heap, min(end_s, limit_s), PULLED, r)
 
 
@@ -790,7 +828,8 @@ def _step(
         F[i, NUM_F + stage] = end_s
     E[i, STEP_COUNT] += 1
     S[STEPS] += 1
-    _note(S, log, STEP, now_s, end_s, i, -1, S[TOKENS], S[DECODES], E[i, BLOCKS] - E[i, FREE])
+    used = E[i, BLOCKS] - E[i, FREE]
+    _note(S, log, STEP, now_s, end_s, i, NONE, float(S[TOKENS]), float(S[DECODES]), float(used))
     if stages > 1:
         _push(S, heap, F[i, NUM_F], STAGE_FREE, i)
     _push(S, heap, end_s, STEP_END, i)
@@ -800,7 +839,7 @@ def _step(
 def run(
     R, T, E, F, S, X, table, parts, ids, left, heap, log,
 ):  # fmt: skip
-    num, following = len(R), 0
+    num, following = len(R), ZERO
     while following < num or S[HEAP] > 0:
         now_s = heap[0, 0] if S[HEAP] > 0 else math.inf
         if following < num:
