@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 from vllm_disagg.errors import ConfigError
 
 Role = Literal["prefill", "decode"]
-TransportName = Literal["nixl", "nccl", "loopback"]
-TransportChoice = Literal["auto", "nixl", "nccl", "loopback"]
+TransportName = Literal["auto", "nixl", "nccl", "loopback"]
+TransportChoice = TransportName
 
 VerifyMode = Literal["off", "sample", "full"]
 
@@ -44,7 +44,7 @@ class EngineSettings:
     transport: TransportChoice = setting(
         "auto",
         "How KV blocks travel between prefill and decode: nixl reads the other side's memory, nccl sends messages "
-        "(gloo on CPU), auto takes nixl where it is installed. Both sides need the same.",
+        "(gloo on CPU), auto chooses for each pair: nixl unless it would run over TCP. Both sides need the same.",
     )
     control_host: str = setting(
         "127.0.0.1",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from vllm_disagg.errors import ConfigError, TransportError
-from vllm_disagg.testing.check_transport import CHECKS, Check, Memory, finish, rig, run_until, whole
-from vllm_disagg.transport import open_transport
+from vllm_disagg.testing.check_transport import CHECKS, Check, Memory, finish, rig, run_until, states, whole
+from vllm_disagg.transport import auto, nixl, open_transport
 from vllm_disagg.transport.base import CANCEL_BOUND_S, Copy, Region, Transport
 from vllm_disagg.transport.loopback import LoopbackTransport
 from vllm_disagg.transport.regions import RegionTable, batches, plan_copies
@@ -37,6 +38,51 @@ def test_nccl(check: Check) -> None:
 @each_check
 def test_nixl(check: Check) -> None:
     check(open_nixl)
+
+
+def open_auto(agent_name: str) -> Transport:
+    pytest.importorskip("nixl")
+    return open_transport("auto", agent_name)
+
+
+@each_check
+def test_auto(check: Check) -> None:
+    check(open_auto)
+
+
+@pytest.mark.full
+@each_check
+def test_auto_where_nixl_would_emulate_reads(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nixl, "can_read", lambda site: False)
+    check(open_auto)
+
+
+def test_auto_takes_messages_where_nixl_would_emulate_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    with rig(open_auto) as made:
+        reader, owner, peer = made.pair()
+        other = made.agent(Memory(1 << 16))
+        monkeypatch.setattr(nixl, "can_read", lambda site: False)
+        far_peer = other.transport.connect(owner.descriptor)
+        for agent, name in ((reader, peer), (other, far_peer)):
+            agent.transport.read(name, whole(agent, owner))
+            assert states(finish(agent.transport, owner.transport)) == ["done"]
+            assert (agent.memory.data == owner.memory.data).all()
+
+        near, far = reader.transport.wire(peer), other.transport.wire(far_peer)
+
+        assert (far.transport, far.wire, far.sent_by_owner) == ("nccl", "gloo", True)
+        assert "NIXL would emulate reads over tcp or shared memory" in far.evidence
+        assert near.transport == "nixl"
+
+
+def test_auto_refuses_a_descriptor_put_together_from_two_peers() -> None:
+    decoder = auto._decoder
+    with rig(open_auto) as made:
+        reader, one, other = (made.agent(Memory(4096)) for _ in range(3))
+        mixed = msgspec.structs.replace(decoder.decode(one.descriptor), nccl=decoder.decode(other.descriptor).nccl)
+
+        with pytest.raises(TransportError, match="carries that of"):
+            reader.transport.connect(msgspec.msgpack.encode(mixed))
 
 
 def test_a_descriptor_of_another_transport_is_refused() -> None:

@@ -50,6 +50,9 @@ NIXL_TCP = Link("nixl", (("UCX_TLS", "tcp"),))
 NCCL = Link("nccl")
 """With gloo here: the peer must answer, too."""
 
+AUTO_TCP = Link("auto", (("UCX_TLS", "tcp"),))
+"""Where NIXL would emulate reads."""
+
 ALL = pytest.mark.parametrize("link", [NIXL, NIXL_TCP, NCCL], ids=["nixl", "nixl_tcp", "nccl"])
 TWO_SIDED = pytest.mark.parametrize("link", [NIXL_TCP, NCCL], ids=["nixl_tcp", "nccl"])
 
@@ -58,7 +61,7 @@ class PeerProcess:
     """An owner of pseudo-random memory in a process of its own, which progresses its transport all the time."""
 
     def __init__(self, name: str, num_bytes: int, link: Link) -> None:
-        self.num_bytes = num_bytes
+        self.num_bytes, self.env = num_bytes, link.env
         self._process = subprocess.Popen(
             [sys.executable, __file__, link.transport, f"{name}-{os.getpid()}", str(num_bytes)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
@@ -77,6 +80,11 @@ class PeerProcess:
     @property
     def descriptor(self) -> bytes:
         return base64.b64decode(self._announced[1])
+
+    @property
+    def offer(self) -> str:
+        """Both, as another process takes them."""
+        return f"{self.address} {base64.b64encode(self.descriptor).decode()}"
 
     def stop(self) -> None:
         assert self._announced
@@ -178,6 +186,31 @@ def test_it_reads_the_memory_of_another_process(made: Rig, start_peer: StartPeer
     assert (memory.data == expected(peer).data).all()
 
 
+@pytest.mark.parametrize(
+    ("link", "told"),
+    [
+        (NIXL, ("nixl", "cma", False)),
+        (NIXL_TCP, ("nixl", "tcp", True)),
+        (NCCL, ("nccl", "gloo", True)),
+        (AUTO_TCP, ("nccl", "gloo", True)),
+    ],
+    ids=["nixl", "nixl_tcp", "nccl", "auto_tcp"],
+)
+def test_it_tells_which_wire_is_in_use(made: Rig, start_peer: StartPeer, told: tuple[str, str, bool]) -> None:
+    peer = start_peer("told", 8)
+    memory = Memory(peer.num_bytes)
+    reader = made.agent(memory).transport
+    name = warm_up(reader, memory, peer)
+    read_all(reader, memory, name, peer)
+    finish(reader)
+
+    wire = reader.wire(name)
+
+    assert (wire.transport, wire.wire, wire.sent_by_owner) == told, wire.evidence
+    assert "UCX_TLS=tcp at the peer" in wire.evidence or not peer.env
+    assert "within the call" in wire.evidence or told[0] != "nixl"
+
+
 @TWO_SIDED
 @pytest.mark.parametrize("moment", ["before_connecting", "before_the_read", "during_the_read"])
 def test_nothing_arrives_from_a_frozen_peer_once_its_read_has_ended(
@@ -230,8 +263,11 @@ def test_a_peer_frozen_while_connecting_is_read_later_from_the_same_descriptor(
     assert peer.ask()
 
 
-@pytest.mark.parametrize("link", [NCCL], ids=["nccl"])
-@pytest.mark.parametrize("ending", ["cancelled", "disconnected", "closed"])
+@pytest.mark.parametrize(
+    ("link", "ending"),
+    [(NCCL, "disconnected"), (NCCL, "closed"), (AUTO_TCP, "cancelled")],
+    ids=["nccl-disconnected", "nccl-closed", "auto_tcp-cancelled"],
+)
 def test_a_thawed_owner_survives_a_reader_that_has_gone_with_requests_unanswered(
     made: Rig, start_peer: StartPeer, link: Link, ending: str
 ) -> None:
@@ -256,6 +292,30 @@ def test_a_thawed_owner_survives_a_reader_that_has_gone_with_requests_unanswered
     other = made.agent(memory).transport
     read_all(other, memory, other.connect(peer.descriptor), peer)
     assert [outcome.state for outcome in finish(other)] == ["done"]
+    assert (memory.data == expected(peer).data).all()
+    assert peer.ask()
+
+
+@pytest.mark.parametrize("link", [AUTO_TCP], ids=["auto_tcp"])
+def test_an_owner_survives_a_reader_that_was_killed_with_requests_unanswered(
+    made: Rig, start_peer: StartPeer, link: Link
+) -> None:
+    peer = start_peer("survivor", 64)
+    victim = subprocess.Popen(
+        [sys.executable, __file__, link.transport, f"victim-{os.getpid()}", str(peer.num_bytes), peer.offer],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert victim.stdout is not None
+    with victim:
+        assert b"reading\n" in iter(victim.stdout.readline, b"")
+        peer.stop()
+        victim.kill()
+    peer.go_on()
+
+    memory = Memory(peer.num_bytes)
+    reader = made.agent(memory).transport
+    read_all(reader, memory, reader.connect(peer.descriptor), peer)
+    assert [outcome.state for outcome in finish(reader)] == ["done"]
     assert (memory.data == expected(peer).data).all()
     assert peer.ask()
 
@@ -368,5 +428,25 @@ def serve(transport_name: TransportName, agent_name: str, num_bytes: int) -> Non
             answer(b"alive")
 
 
+def keep_reading(transport_name: TransportName, agent_name: str, num_bytes: int, offer: str) -> None:
+    """Read a peer's memory again and again until killed; say so once it is under way."""
+    address, descriptor = offer.split()
+    memory = Memory(num_bytes)
+    reader = open_transport(transport_name, agent_name)
+    reader.register([memory.region])
+    name = reader.connect(base64.b64decode(descriptor))
+    piece = 64 << 10
+    copies = [Copy(memory.address + at, int(address) + at, piece) for at in range(num_bytes - piece, -1, -piece)]
+    for number in range(1_000_000):
+        reader.read(name, copies)
+        if number == 1:
+            os.write(sys.stdout.fileno(), b"reading\n")
+        while reader.num_active:
+            reader.poll()
+
+
 if __name__ == "__main__":
-    serve(sys.argv[1], sys.argv[2], int(sys.argv[3]))  # type: ignore[arg-type]
+    if sys.argv[4:]:
+        keep_reading(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])  # type: ignore[arg-type]
+    else:
+        serve(sys.argv[1], sys.argv[2], int(sys.argv[3]))  # type: ignore[arg-type]

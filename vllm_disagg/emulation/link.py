@@ -23,7 +23,7 @@ from vllm_disagg.emulation.faults import Fault, Faults
 from vllm_disagg.emulation.shape import CELL_BYTES
 from vllm_disagg.emulation.stamps import seed_of
 from vllm_disagg.errors import ConfigError
-from vllm_disagg.transport.base import Copy, Outcome, PeerName, Region, TransferHandle, Transport
+from vllm_disagg.transport.base import Copy, Outcome, PeerName, Region, TransferHandle, Transport, WireInfo
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +166,9 @@ class EmulatedLink:
         for _, pending in self._pending.values():
             if pending.peer == peer:
                 pending.cut = "disconnected"
+
+    def wire(self, peer: PeerName) -> WireInfo:
+        return self.inner.wire(peer)
 
     def read(self, peer: PeerName, copies: Sequence[Copy]) -> TransferHandle:
         faults = self._faults.of_read(self._num_reads + 1) if copies else ()

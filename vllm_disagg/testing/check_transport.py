@@ -272,6 +272,23 @@ def check_connect_is_idempotent(open_one: Open) -> None:
         assert states(finish(reader.transport, owner.transport)) == ["done"]
 
 
+def check_it_tells_what_carries_reads(open_one: Open) -> None:
+    with rig(open_one) as made:
+        reader, owner, peer = made.pair()
+        assert refused(reader.transport.wire, PeerName("nobody"))
+        before = reader.transport.wire(peer)
+        for _ in range(3):
+            reader.transport.read(peer, whole(reader, owner))
+            assert states(finish(reader.transport, owner.transport)) == ["done"]
+
+        after = reader.transport.wire(peer)
+
+        assert before.transport == after.transport
+        assert before.wire and after.wire and after.evidence
+        reader.transport.disconnect(peer)
+        assert refused(reader.transport.wire, peer)
+
+
 def check_malformed_descriptors_are_refused(open_one: Open) -> None:
     with rig(open_one) as made:
         reader, owner = made.agent(Memory(4096)), made.agent(Memory(4096))
@@ -476,6 +493,7 @@ CHECKS: tuple[Check, ...] = (
     check_many_small_copies_arrive,
     check_every_read_ends_once,
     check_connect_is_idempotent,
+    check_it_tells_what_carries_reads,
     check_malformed_descriptors_are_refused,
     check_reads_out_of_bounds_are_refused,
     check_bad_regions_are_refused,

@@ -14,7 +14,7 @@ def choose_transport(choice: TransportChoice) -> tuple[TransportName, str]:
     if choice != "auto":
         return choice, "it was asked for"
     if find_spec("nixl") is not None:
-        return "nixl", "NIXL is installed: one-sided reads over RDMA, NVLink, shared memory or TCP"
+        return "auto", "NIXL is installed; messages take its place between peers where UCX would emulate reads"
     return "nccl", "NIXL is not installed: messages over NCCL, or over gloo where the KV cache is in host memory"
 
 
@@ -34,6 +34,14 @@ def open_transport(
         TransportError: the library does not start.
     """
     match name:
+        case "auto":
+            from vllm_disagg.transport.auto import AutoTransport
+            from vllm_disagg.transport.nccl import NcclTransport
+            from vllm_disagg.transport.nixl import NixlTransport
+
+            return AutoTransport(
+                NixlTransport(agent_name, memory=memory), NcclTransport(agent_name, memory=memory, host=host)
+            )
         case "nixl":
             from vllm_disagg.transport.nixl import NixlTransport
 

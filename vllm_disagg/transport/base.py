@@ -68,6 +68,24 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
 
 
+class WireInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What carries reads from one peer.
+
+    Attributes:
+        transport: whose implementation: `nixl`, `nccl`, `loopback`.
+        wire: `cma` (a copy between two processes of one host), `rdma`, `tcp`, `tcp or shared memory`, `gloo`, `nccl`,
+            `memory`, or `unknown` where nobody can tell.
+        sent_by_owner: whether the owner's process must send the bytes, so that reads stand still with it; None where
+            nobody can tell.
+        evidence: how this is known, one sentence for people.
+    """
+
+    transport: str
+    wire: str
+    sent_by_owner: bool | None
+    evidence: str
+
+
 class Transport(Protocol):
     """Reads from peers' registered memory into own registered memory."""
 
@@ -104,6 +122,14 @@ class Transport(Protocol):
         Raises:
             TransportError: the peer is not connected, there are no copies, one is empty, or one leaves our or its
                 regions. Nothing has been started then.
+        """
+
+    def wire(self, peer: PeerName) -> WireInfo:
+        """What carries reads from a peer, as far as can be told: after reads have ended more than before. Cheap; for
+        logs and diagnosis.
+
+        Raises:
+            TransportError: the peer is not connected.
         """
 
     def poll(self) -> Sequence[Outcome]:

@@ -25,6 +25,7 @@ from vllm_disagg.transport.base import (
     Region,
     State,
     TransferHandle,
+    WireInfo,
 )
 from vllm_disagg.transport.regions import RegionTable, Runs, plan_copies
 
@@ -126,6 +127,11 @@ class LoopbackTransport:
         read = _Read(peer, runs, int(runs.num_bytes.sum()), self._clock())
         self._reads.append(read)
         return read
+
+    def wire(self, peer: PeerName) -> WireInfo:
+        if peer not in self._peers:
+            raise TransportError(f"no connection to {peer!r}")
+        return WireInfo(transport="loopback", wire="memory", sent_by_owner=False, evidence="one process")
 
     def poll(self) -> Sequence[Outcome]:
         for read in list(self._reads):

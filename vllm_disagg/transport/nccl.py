@@ -40,7 +40,7 @@ import msgspec
 
 from vllm_disagg.errors import TransportError
 from vllm_disagg.transport import nccl_wire
-from vllm_disagg.transport.base import Copy, MemoryKind, Outcome, PeerName, Region, State, TransferHandle
+from vllm_disagg.transport.base import Copy, MemoryKind, Outcome, PeerName, Region, State, TransferHandle, WireInfo
 from vllm_disagg.transport.nccl_owner import VERSION, Owner
 from vllm_disagg.transport.nccl_reader import Chunk, Link, Place
 from vllm_disagg.transport.nccl_wire import CHUNK_BYTES, CHUNK_COPIES, Staging
@@ -175,6 +175,22 @@ class NcclTransport:
         known.reads.append(read)
         known.link.submit(read.chunks)
         return read
+
+    def name_of(self, descriptor: bytes) -> PeerName:
+        """Whose descriptor it is.
+
+        Raises:
+            TransportError: the descriptor is malformed or of another kind of transport.
+        """
+        return PeerName(self._decode(descriptor).agent_name)
+
+    def wire(self, peer: PeerName) -> WireInfo:
+        if peer not in self._peers:
+            raise TransportError(f"no connection to {peer!r}")
+        library = "nccl" if self._memory == "VRAM" else "gloo"
+        return WireInfo(
+            transport="nccl", wire=library, sent_by_owner=True, evidence=f"{library} for memory of kind {self._memory}"
+        )
 
     def poll(self) -> Sequence[Outcome]:
         for peer in list(self._peers.values()):

@@ -56,14 +56,16 @@ from vllm_disagg.transport.base import (
     Region,
     State,
     TransferHandle,
+    WireInfo,
 )
 from vllm_disagg.transport.patience import Patience
 from vllm_disagg.transport.regions import Addresses, RegionTable, Runs, batches, plan_copies
+from vllm_disagg.transport.site import Site, can_read, foresee, here
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
-"""Of the descriptor. 1: the first."""
+VERSION = 2
+"""Of the descriptor. 1: the first. 2: where the owner stands."""
 
 _BATCH_BYTES = 16 << 20
 _BATCH_COPIES = 1024
@@ -88,6 +90,7 @@ class _Descriptor(msgspec.Struct, frozen=True, kw_only=True, array_like=True, fo
     """What NIXL needs to reach the agent, addresses and memory keys."""
     digest: bytes
     """Of the metadata, so that nothing damaged reaches NIXL's parser."""
+    site: Site
 
 
 _decoder = msgspec.msgpack.Decoder(_Descriptor)
@@ -132,6 +135,7 @@ class NixlTransport:
                 regions=self._regions.regions,
                 metadata=metadata,
                 digest=_digest(metadata),
+                site=here(),
             )
         )
 
@@ -164,6 +168,28 @@ class NixlTransport:
         )
         known.reads.append(read)
         return read
+
+    def wire(self, peer: PeerName) -> WireInfo:
+        known = self._peers.get(peer)
+        if known is None:
+            raise TransportError(f"no connection to {peer!r}")
+        return _observed(self._foresee(known.offer), known.num_in_call, known.num_later)
+
+    def name_of(self, descriptor: bytes) -> PeerName:
+        """Whose descriptor it is.
+
+        Raises:
+            TransportError: the descriptor is malformed or of another kind of transport.
+        """
+        return PeerName(self._decode(descriptor).agent_name)
+
+    def foresee(self, descriptor: bytes) -> WireInfo:
+        """What will carry reads from a peer, before it is connected.
+
+        Raises:
+            TransportError: the descriptor is malformed or of another kind of transport.
+        """
+        return self._foresee(self._decode(descriptor))
 
     def poll(self) -> Sequence[Outcome]:
         for peer in self._peers.values():
@@ -204,6 +230,9 @@ class NixlTransport:
         if self._regions is None:
             raise TransportError("register own memory before connecting to a peer")
         return offer
+
+    def _foresee(self, offer: _Descriptor) -> WireInfo:
+        return foresee(here(), offer.site, memory=(self._memory, offer.memory), can_read=can_read(offer.site))
 
     def _try_open(self, peer: _Peer) -> str:
         """Give the peer a link. Returns why it has none, or nothing."""
@@ -249,7 +278,11 @@ class NixlTransport:
                 if budget == 0 or link.num_under_way >= _WINDOW:
                     return
                 budget -= 1
-                read.num_under_way += link.start(read, read.waiting[0])
+                was_up = link.is_up
+                under_way = link.start(read, read.waiting[0])
+                read.num_under_way += under_way
+                peer.num_later += was_up and under_way
+                peer.num_in_call += was_up and not under_way
                 read.waiting.popleft()
 
     def _drop(self, peer: _Peer, error: str) -> None:
@@ -307,11 +340,18 @@ class _Read:
 
 @dataclass(slots=True, eq=False)
 class _Peer:
-    """A connected peer. Its link comes and goes, it stays."""
+    """A connected peer. Its link comes and goes, it stays.
+
+    Attributes:
+        num_in_call: batches, on a connection that was up, that were done when the call that began them returned.
+        num_later: those that took longer.
+    """
 
     descriptor: bytes
     offer: _Descriptor
     regions: RegionTable
+    num_in_call: int = 0
+    num_later: int = 0
     link: _Link | None = None
     reads: deque[_Read] = field(default_factory=deque)
 
@@ -355,7 +395,8 @@ class _Agent:
 
 
 class _Link:
-    """An agent that reads from one peer and does nothing else, so that its end is the end of these reads.
+    """An agent that reads from one peer and does nothing else, so that its end is the end of these reads. `is_up` once
+    something has been read.
 
     Raises:
         TransportError: the peer cannot be reached, or the agent cannot be built.
@@ -365,6 +406,7 @@ class _Link:
         self._agent = _Agent(name, memory, regions)
         self._peer, self._peer_memory = offer.agent_name, offer.memory
         self._under_way: list[tuple[_Read, Any]] = []
+        self.is_up = False
         try:
             found = self._agent.nixl.add_remote_agent(offer.metadata)
         except Exception as error:
@@ -399,6 +441,7 @@ class _Link:
             self._under_way.append((read, handle))  # before it starts, so that `destroy` knows it
             state = nixl.transfer(handle)
             if state == "DONE":
+                self.is_up = True
                 self._under_way.pop()
                 handle.release()
         except Exception as error:
@@ -429,6 +472,7 @@ class _Link:
         except Exception as error:
             raise TransportError(f"read from {self._peer!r} failed: {_text(error)}") from error
         self._under_way = still
+        self.is_up = self.is_up or bool(ended)
         return ended
 
     def destroy(self) -> None:
@@ -445,6 +489,21 @@ class _Link:
 
 def _table(addresses: Addresses, num_bytes: Addresses, devices: Addresses) -> Addresses:
     return np.stack((addresses, num_bytes, devices), axis=1)
+
+
+def _observed(foreseen: WireInfo, num_in_call: int, num_later: int) -> WireInfo:
+    """What was foreseen, held against what reads have shown: UCX copies with CMA inside the call that begins a read,
+    and nothing else does."""
+    num = num_in_call + num_later
+    if not num:
+        return msgspec.structs.replace(foreseen, evidence=f"{foreseen.evidence}; not yet confirmed by reads")
+    evidence = f"{foreseen.evidence}; {num_in_call} of {num} batches were read within the call that began them"
+    if (num_in_call > num_later) == (foreseen.wire == "cma"):
+        return msgspec.structs.replace(foreseen, evidence=evidence)
+    copied = num_in_call > num_later
+    return msgspec.structs.replace(
+        foreseen, wire="unknown", sent_by_owner=False if copied else None, evidence=f"{evidence}, unlike foreseen"
+    )
 
 
 def _digest(metadata: bytes) -> bytes:
