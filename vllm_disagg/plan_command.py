@@ -80,6 +80,7 @@ def question_of(settings: PlanSettings) -> Question:
             ),
             options=EngineOptions(
                 first_token=_first_token(settings.first_token),
+                prefill_policy=_policy("--prefill-policy", settings.prefill_policy),
                 step_overhead_s=settings.step_overhead_ms / 1e3,
                 handoff_s=settings.handoff_ms / 1e3,
             ),
@@ -186,8 +187,7 @@ def system_of(settings: SimulateSettings) -> System:
         ConfigError: a setting is out of range, or the model does not fit.
     """
     profile = load_profile(settings.profile, model=settings.model)
-    if settings.policy not in get_args(Policy):
-        raise ConfigError(f"--policy must be one of {', '.join(get_args(Policy))}, not {settings.policy!r}")
+    policy, of_prefill = _policy("--policy", settings.policy), _policy("--prefill-policy", settings.prefill_policy)
     if settings.prefill < 0 or settings.decode < 1:
         raise ConfigError("--prefill must be 0 or more and --decode at least 1")
 
@@ -206,10 +206,10 @@ def system_of(settings: SimulateSettings) -> System:
     l_m = critical_length(
         profile.entry(settings.prefill_tp).latency, EngineOptions().l_m_share, longest=profile.model.max_model_len
     )
+    prefill_budget = l_m if of_prefill == "whole" else EngineOptions().prefill_budget
     return System(
-        prefill=(engine(settings.prefill_tp, settings.prefill_pp, "whole", l_m),) * settings.prefill,
-        decode=(engine(settings.tp, settings.pp, cast(Policy, settings.policy), settings.max_num_batched_tokens),)
-        * settings.decode,
+        prefill=(engine(settings.prefill_tp, settings.prefill_pp, of_prefill, prefill_budget),) * settings.prefill,
+        decode=(engine(settings.tp, settings.pp, policy, settings.max_num_batched_tokens),) * settings.decode,
         link=_link(settings.link),
         kv_bytes_per_token=profile.model.kv_bytes_per_token,
         handoff_s=settings.handoff_ms / 1e3,
@@ -269,6 +269,12 @@ def _link(name: str) -> Link:
     if name not in LINKS:
         raise ConfigError(f"the link must be one of {', '.join(LINKS)}, not {name!r}")
     return LINKS[name]
+
+
+def _policy(option: str, name: str) -> Policy:
+    if name not in get_args(Policy):
+        raise ConfigError(f"{option} must be one of {', '.join(get_args(Policy))}, not {name!r}")
+    return cast(Policy, name)
 
 
 def _first_token(name: str) -> FirstToken:

@@ -33,6 +33,9 @@ class PlanSettings:
     price: float = setting(1.0, "Price of a device, in any unit. Placements are ranked by goodput per price.")
     prefill_price: float | None = setting(None, "Price of one of prefill's devices, if it is another.")
     first_token: str = setting("decode", "Who sends the first token: decode, as this project does, or prefill.")
+    prefill_policy: str = setting(
+        "chunked", "How prefill instances form steps: chunked, as they do, or whole prompts packed up to L_m."
+    )
     step_overhead_ms: float = setting(0.0, "Host time per engine step during which the device waits.")
     handoff_ms: float = setting(0.0, "From a prompt's end to the request's arrival at decode, without the KV.")
     seeds: int = setting(5, "Workloads to measure the best placements with; their spread is the interval.")
@@ -62,6 +65,7 @@ class SimulateSettings:
     policy: str = setting("chunked", "How colocated instances form steps: chunked, whole or prefill_first.")
     max_num_batched_tokens: int = setting(2048, "Tokens per step of a decode or colocated instance.")
     max_num_seqs: int = setting(1024, "Running requests of an instance.")
+    prefill_policy: str = setting("chunked", "How prefill instances form steps, as for `plan`.")
     link: str = setting("nvlink", "Link between instances: none, nvlink, pcie5, 200g or 25g.")
     first_token: str = setting("decode", "Who sends the first token: decode, as this project does, or prefill.")
     step_overhead_ms: float = setting(0.0, "Host time per engine step during which the device waits.")

@@ -80,6 +80,7 @@ def systems(draw: st.DrawFn) -> System:
         first_token=draw(st.sampled_from(["decode", "prefill"])),
         hold_cap_s=draw(st.sampled_from([0.05, 300.0])),
         pull_timeout_s=draw(st.sampled_from([0.03, 10.0])),
+        early_reads=draw(st.booleans()),
         min_split_tokens=draw(st.sampled_from([0, 30])),
         phase=phase,
     )

@@ -190,7 +190,7 @@ def test_with_an_early_first_token_the_transfer_counts_in_tpot() -> None:
 
 def test_what_has_arrived_is_noticed_when_the_running_step_ends() -> None:
     """The first one decodes in steps that begin at whole seconds; the other's KV comes between two of them."""
-    system = pair(link=Link(bytes_per_s=64.0), kv_bytes_per_token=1, handoff_s=0.2)
+    system = pair(link=Link(bytes_per_s=64.0), kv_bytes_per_token=1, handoff_s=0.2, early_reads=False)
     outcome = run(system, requests((0.0, 32, 9), (3.0, 32, 2)))
 
     assert outcome.decode_start_s[0] == pytest.approx(1.7)
@@ -198,6 +198,25 @@ def test_what_has_arrived_is_noticed_when_the_running_step_ends() -> None:
     assert outcome.transfer_start_s[1] == pytest.approx(4.7)
     assert outcome.transfer_end_s[1] == pytest.approx(5.2)
     assert outcome.decode_start_s[1] == pytest.approx(5.7)
+
+
+def test_a_busy_decode_instance_fetches_on_arrival() -> None:
+    """As above, but the KV is there before the running step ends, and the next one computes it."""
+    system = pair(link=Link(bytes_per_s=64.0), kv_bytes_per_token=1, handoff_s=0.1)
+    outcome = run(system, requests((0.0, 32, 9), (3.0, 32, 2)))
+
+    assert outcome.decode_start_s[0] == pytest.approx(1.6)
+    assert outcome.transfer_start_s[1] == pytest.approx(4.1)
+    assert outcome.transfer_end_s[1] == pytest.approx(4.6)
+    assert outcome.decode_start_s[1] == pytest.approx(4.6)
+
+
+def test_a_fetch_that_the_reserve_has_no_room_for_waits_for_the_step() -> None:
+    """Four of seven free blocks are more than a quarter of them."""
+    full = pair(link=Link(bytes_per_s=64.0), kv_bytes_per_token=1, handoff_s=0.1, decode=unit(kv_tokens=160))
+    outcome = run(full, requests((0.0, 32, 9), (3.0, 64, 2)))
+
+    assert outcome.transfer_start_s[1] > outcome.prefill_end_s[1] + 0.1 + 0.01
 
 
 @pytest.mark.parametrize(("ends", "second"), [((0, 0), 3.0), ((0, 1), 2.0)])

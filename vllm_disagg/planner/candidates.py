@@ -12,7 +12,7 @@ from vllm_disagg.core.link import Link
 from vllm_disagg.core.profile import ModelShape, Profile
 from vllm_disagg.errors import ConfigError
 from vllm_disagg.planner.cluster import Cluster, EngineOptions, Pool, critical_length
-from vllm_disagg.sim.system import EngineSpec, System
+from vllm_disagg.sim.system import EngineSpec, Policy, System
 
 Kind = Literal["colocated", "split"]
 
@@ -115,7 +115,9 @@ class Resources:
         return candidate.num_prefill_devices * self.prefill.price + decode * self.decode.price
 
     def prefill_engine(self, shape: Shape) -> EngineSpec:
-        """An instance that packs whole prompts up to L_m."""
+        """An instance that ends requests with their prompt."""
+        if self.options.prefill_policy != "whole":
+            return self._engine(self.prefill.profile, shape, self.options.prefill_policy, self.options.prefill_budget)
         latency = self.prefill.profile.entry(shape.tp).latency
         l_m = _critical_length(latency, self.options.l_m_share, longest=self.model.max_model_len)
         return self._engine(self.prefill.profile, shape, "whole", l_m)
@@ -145,11 +147,12 @@ class Resources:
             handoff_s=options.handoff_s,
             dispatch_s=options.dispatch_s,
             first_token=options.first_token,
+            early_reads=options.early_reads,
             hold_cap_s=options.hold_cap_s,
             pull_timeout_s=options.pull_timeout_s,
         )
 
-    def _engine(self, profile: Profile, shape: Shape, policy: Literal["whole", "chunked"], budget: int) -> EngineSpec:
+    def _engine(self, profile: Profile, shape: Shape, policy: Policy, budget: int) -> EngineSpec:
         options = self.options
         return EngineSpec(
             latency=profile.entry(shape.tp).latency,

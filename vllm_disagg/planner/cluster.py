@@ -10,7 +10,7 @@ from vllm_disagg.core.profile import Profile
 from vllm_disagg.core.scheduling.pace import L_M_SHARE
 from vllm_disagg.core.scheduling.pace import critical_length as critical_length
 from vllm_disagg.errors import ConfigError
-from vllm_disagg.sim.system import FirstToken
+from vllm_disagg.sim.system import FirstToken, Policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,20 +51,26 @@ class EngineOptions:
         chunk_budgets: token budgets that colocated instances are tried with.
         l_m_share: prefill packs prompts up to the length at which a device computes this share of the most tokens per
             second that it can; with 0.88 about 500 tokens for OPT-13B on an A100, where DistServe says 512.
+        prefill_policy: how prefill instances form steps: `chunked` with `prefill_budget` tokens, as they do today, or
+            `whole`, which packs prompts up to L_m as DistServe does.
+        prefill_budget: tokens per step of `chunked` prefill instances.
         step_overhead_s, request_overhead_s, hop_s: see `EngineSpec`.
-        handoff_s, dispatch_s, first_token, hold_cap_s, pull_timeout_s: see `System`.
+        early_reads, handoff_s, dispatch_s, first_token, hold_cap_s, pull_timeout_s: see `System`.
     """
 
     block_size: int = 16
     max_num_seqs: int = 1024
     chunk_budgets: tuple[int, ...] = (512, 2048, 8192)
     l_m_share: float = L_M_SHARE
+    prefill_policy: Policy = "chunked"
+    prefill_budget: int = 2048
     step_overhead_s: float = 0.0
     request_overhead_s: float = 0.0
     hop_s: float = 0.0
     handoff_s: float = 0.0
     dispatch_s: float = 0.0
     first_token: FirstToken = "decode"  # noqa: S105
+    early_reads: bool = True
     hold_cap_s: float = 300.0
     pull_timeout_s: float = 10.0
 

@@ -111,6 +111,7 @@ def _system(system: System) -> tuple[Any, Any]:
     S = np.zeros(k.NUM_S + len(system.engines) + 1, dtype=np.int64)
     X = np.zeros(k.NUM_X + 2 * (max(system.ends) + 1))
     S[k.NUM_PREFILL], S[k.FIRST_FROM_PREFILL] = len(system.prefill), int(system.first_token == "prefill")  # noqa: S105
+    S[k.EARLY] = int(system.early_reads)
     S[k.MIN_SPLIT], S[k.PHASE], S[k.KV_BYTES] = (
         system.min_split_tokens,
         _PHASES[system.phase],

@@ -50,6 +50,8 @@ HANDED_OVER, PULLED, QUEUED, STAGE_FREE, STEP_END, WAKE = (
     np.int64(getattr(reference, name)) for name in ("HANDED_OVER", "PULLED", "QUEUED", "STAGE_FREE", "STEP_END", "WAKE")
 )
 
+RESERVE_SHARE: Final = np.int64(reference.RESERVE_SHARE)
+
 # Columns of R, one row per request. Pairs are for the prefill and for the decode instance.
 (
     KNOWN, COMPUTED, ROOM, ROOM_D, EPOCH, TOTAL, PROMPT, SPLIT, ON_DECODE, REMOTE, PULL_FAILED, OWN, OWN_D,
@@ -75,8 +77,8 @@ STEP_OVERHEAD, REQUEST_OVERHEAD, HOP, WAKE_AT, NUM_F = _numbers(5)
 # Places in S. From NUM_S on: the engines that may form a step.
 (
     PUSHED, CHOICES, STEPS, EVENTS, LOGGED, HEAP, DIRTY, NUM_PREFILL, FIRST_FROM_PREFILL, MIN_SPLIT, PHASE, KV_BYTES,
-    TOKENS, AREA, PREFILLS, DECODES, CONTEXT, NUM_S,
-) = _numbers(18)  # fmt: skip
+    EARLY, TOKENS, AREA, PREFILLS, DECODES, CONTEXT, NUM_S,
+) = _numbers(19)  # fmt: skip
 
 # Places in X. From NUM_X on: when each link end is free to send, and to receive.
 BANDWIDTH, LATENCY, HANDOFF, DISPATCH_S, HOLD_CAP, PULL_TIMEOUT, NUM_X = _numbers(7)
@@ -684,6 +686,22 @@ def _start_pull(R, T, E, S, X, heap, log, i, r, hit, now_s):
 
 
 @_inner
+def _fetch_early(R, T, E, S, X, ids, left, heap, log, i, r, now_s):
+    if S[EARLY] == 0 or E[i, STEP_COUNT] == 0 or T[r, HOLD_UNTIL] <= now_s:
+        return False
+    known = R[r, KNOWN]
+    found = _find(E, R, ids, left, i, r)
+    hit = _hit_tokens(E, i, found, known)
+    if R[r, PROMPT] - hit <= 1:
+        return False
+    if _price(E, R, ids, left, i, r, found, known) + _reserved(R, E, i) > E[i, FREE] // RESERVE_SHARE:
+        return False
+    _hold(E, R, ids, left, i, r, found, known)
+    _start_pull(R, T, E, S, X, heap, log, i, r, hit, now_s)
+    return True
+
+
+@_inner
 def _end_pull(R, T, E, S, ids, left, r, now_s):
     i = R[r, D]
     _release_hold(R, E, S, ids, left, r)
@@ -862,7 +880,7 @@ def run(
                 place = R[subject, D] if R[subject, ON_DECODE] == 1 else R[subject, P]
                 if kind == PULLED:
                     _end_pull(R, T, E, S, ids, left, subject, now_s)
-                else:
+                elif kind == QUEUED or not _fetch_early(R, T, E, S, X, ids, left, heap, log, place, subject, now_s):
                     _append(E, R, place, WAITING, WAITING_LAST, subject)
             _mark(S, place)
         while S[DIRTY] > 0:

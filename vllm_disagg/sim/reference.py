@@ -27,6 +27,10 @@ _NAN: Final = math.nan
 QUEUED, STAGE_FREE, STEP_END, HANDED_OVER, PULLED, WAKE = range(6)
 """Kinds of events. Arrivals are not among them: they come from the workload, before events of the same moment."""
 
+RESERVE_SHARE: Final = 4
+"""One in so many free blocks may be taken by a fetch that begins before the scheduler has seen its request
+(`connector/reserve.py`)."""
+
 
 @dataclass(slots=True, eq=False)
 class _Request:
@@ -156,7 +160,9 @@ class Simulation:
             self._end_step(self._engines[subject], now_s)
         elif kind == HANDED_OVER:
             request = self._requests[subject]
-            self._enqueue(self._engines[int(self._count["decode_instance"][subject])], request)
+            engine = self._engines[int(self._count["decode_instance"][subject])]
+            if not self._fetch_early(engine, request, now_s):
+                self._enqueue(engine, request)
         elif kind == PULLED:
             self._end_pull(self._requests[subject], now_s)
         self._dirty.add(subject if kind in (STEP_END, STAGE_FREE, WAKE) else self._place(subject))
@@ -453,6 +459,20 @@ class Simulation:
         engine.waiting.appendleft(request)
 
     # KV on its way.
+
+    def _fetch_early(self, engine: _Engine, request: _Request, now_s: float) -> bool:
+        """It came while a step runs: the fetch need not wait for that, if the blocks in reserve are enough."""
+        pool = engine.pool
+        if not self._system.early_reads or not engine.under_way or request.hold_until_s <= now_s:
+            return False
+        found = pool.find(request.chunks)
+        hit = pool.hit_tokens(found, request.known)
+        price = pool.price(request.chunks, found, request.known)
+        if request.prompt - hit <= 1 or price + self._reserved(engine) > pool.free // RESERVE_SHARE:
+            return False
+        engine.holdings[request.index] = pool.admit(request.chunks, found, request.known)
+        self._start_pull(engine, request, hit, now_s)
+        return True
 
     def _start_pull(self, engine: _Engine, request: _Request, hit: int, now_s: float) -> None:
         """Reserve both ends of the link. With no prefill instance the KV is there at once."""

@@ -102,6 +102,8 @@ class System:
         first_token: who sends it.
         hold_cap_s: how long prefill keeps KV that nobody fetched.
         pull_timeout_s: a transfer that takes longer fails; the decode instance then computes the prompt.
+        early_reads: whether a busy decode instance begins to fetch when a request arrives, into blocks of a reserve, at
+            most a quarter of those that are free. Otherwise, as when it is idle, it does when it next forms a step.
         min_split_tokens: shorter prompts run wholly on a decode instance.
         phase: which part of a request is simulated.
 
@@ -120,6 +122,7 @@ class System:
     first_token: FirstToken = "decode"  # noqa: S105
     hold_cap_s: float = 300.0
     pull_timeout_s: float = 10.0
+    early_reads: bool = True
     min_split_tokens: int = 0
     phase: Phase = "both"
 
