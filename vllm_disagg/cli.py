@@ -11,6 +11,7 @@ import click
 
 from vllm_disagg import __version__
 from vllm_disagg.config import ProxySettings, help_of
+from vllm_disagg.doctor.settings import DoctorSettings
 from vllm_disagg.errors import DisaggError, LaunchError
 from vllm_disagg.launcher.settings import UpSettings
 from vllm_disagg.plan_settings import PlanSettings, SimulateSettings
@@ -122,6 +123,19 @@ def simulate(**options: Any) -> None:
     from vllm_disagg.plan_command import run_simulate
 
     click.echo("\n".join(run_simulate(SimulateSettings(**options))))
+
+
+@cli.command()
+@settings_options(DoctorSettings)
+def doctor(**options: Any) -> None:
+    """Probe every pair of a prefill and a decode instance, before or during service: which transport is really in use,
+    how fast it is, whether bytes and leases are right, and what to change.
+
+    Exit status: 0 healthy, 1 a problem, 2 usage.
+    """
+    from vllm_disagg.doctor.run import run_doctor
+
+    sys.exit(run_doctor(DoctorSettings(**options), click.echo))
 
 
 @cli.command()

@@ -145,7 +145,7 @@ class ProxySettings:
         ):  # fmt: skip
             _positive(name, getattr(self, name))
         for name in ("prefill", "decode"):
-            object.__setattr__(self, name, tuple(_engine_url(name, url) for url in getattr(self, name)))
+            object.__setattr__(self, name, tuple(engine_url(name, url) for url in getattr(self, name)))
         if twice := sorted(url for url in {*self.prefill, *self.decode} if (self.prefill + self.decode).count(url) > 1):
             raise ConfigError(f"{twice[0]} is listed twice; list every instance once, under its role")
 
@@ -193,7 +193,7 @@ def _positive(what: str, value: float) -> None:
         raise ConfigError(f"{what} must be a positive number, not {value!r}")
 
 
-def _engine_url(what: str, url: str) -> str:
+def engine_url(what: str, url: str) -> str:
     """The URL of an engine without a final slash. Only its scheme, host, port and path may be given."""
     try:
         parts = urlsplit(url)

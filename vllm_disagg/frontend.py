@@ -1,9 +1,11 @@
-"""Two routes on the API server of an engine with a role, for the proxy:
+"""Three routes on the API server of an engine with a role, the first two for the proxy:
 
     GET  /disagg/status    the role and the fingerprint of this engine
     POST /disagg/release   {"transfer_id": ...}: the client has left, let its KV go (prefill instances)
+    POST /disagg/probe     a signed order of `vllm-disagg doctor`: say who you are, or probe a prefill instance
 
-A transfer id is 128 random bits that only the proxy and the two engines know; whoever names one may release it.
+A transfer id is 128 random bits that only the proxy and the two engines know; whoever names one may release it. An
+order is signed with the deployment key.
 """
 
 from __future__ import annotations
@@ -21,10 +23,14 @@ from vllm_disagg.config import EngineSettings
 from vllm_disagg.connector import messages
 from vllm_disagg.connector.engine_fingerprint import config_fingerprint
 from vllm_disagg.connector.messages import Forbid, Released
+from vllm_disagg.connector.probe_door import DOOR_TIMEOUT_S, door_address
 from vllm_disagg.connector.secure import client_socket, curve_keys
 from vllm_disagg.core.fingerprint import digest_of
+from vllm_disagg.core.host import host_facts
 from vllm_disagg.core.keys import load_key
-from vllm_disagg.core.types import TransferId, is_transfer_id
+from vllm_disagg.core.probe import PROBE_PATH, Identity, OrderRefused, check_order
+from vllm_disagg.core.types import EngineId, TransferId, is_transfer_id
+from vllm_disagg.transport import choose_transport
 
 STATUS_PATH, RELEASE_PATH = "/disagg/status", "/disagg/release"
 RELEASE_TIMEOUT_S = 2.0
@@ -45,10 +51,12 @@ class DisaggFrontend:
         self._context: zmq.asyncio.Context | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer our two routes, pass everything else on."""
+        """Answer our routes, pass everything else on."""
         route = (scope.get("method"), scope.get("path")) if scope["type"] == "http" else None
         if route == ("GET", STATUS_PATH):
             await _reply(send, 200, await self._status(scope))
+        elif route == ("POST", PROBE_PATH):
+            await _reply(send, *await self._probe(scope, receive))
         elif route == ("POST", RELEASE_PATH):
             await _reply(send, *await self._release(scope, receive))
         else:
@@ -56,10 +64,52 @@ class DisaggFrontend:
 
     async def _status(self, scope: Scope) -> dict[str, Any]:
         vllm_config = scope["app"].state.vllm_config
+        return {"role": _settings(vllm_config).role, "fingerprint": await self._factors(scope)}
+
+    async def _factors(self, scope: Scope) -> dict[str, str]:
         if self._fingerprint is None:
-            factors = await asyncio.to_thread(config_fingerprint, vllm_config)
+            factors = await asyncio.to_thread(config_fingerprint, scope["app"].state.vllm_config)
             self._fingerprint = {**factors, "chat rendering": _rendering(scope["app"].state)}
-        return {"role": _settings(vllm_config).role, "fingerprint": self._fingerprint}
+        return self._fingerprint
+
+    async def _probe(self, scope: Scope, receive: Receive) -> tuple[int, dict[str, Any]]:
+        vllm_config = scope["app"].state.vllm_config
+        settings, engine_id = _settings(vllm_config), EngineId(vllm_config.kv_transfer_config.engine_id)
+        key = load_key(settings.key_file)
+        raw = await _body(receive)
+        try:
+            order = check_order(raw, key)
+        except OrderRefused as refusal:
+            return (409 if refusal.signed else 403), {"error": str(refusal)}
+        if order.task == "identify":
+            identity = Identity(
+                role=settings.role,
+                engine_id=engine_id,
+                control=_control(settings) if settings.role == "prefill" else "",
+                transport=choose_transport(settings.transport)[0],
+                fingerprint=await self._factors(scope),
+                facts=host_facts(),
+            )
+            return 200, msgspec.to_builtins(identity)
+        if settings.role != "decode":
+            return 409, {"error": "only a decode instance probes others"}
+        try:
+            return 200, await asyncio.wait_for(self._through_door(engine_id, raw, key), DOOR_TIMEOUT_S)
+        except (TimeoutError, msgspec.DecodeError):
+            return 504, {"error": "the engine did not answer"}
+
+    async def _through_door(self, engine_id: EngineId, raw: bytes, key: bytes) -> dict[str, Any]:
+        """Let this instance's engine obey an order."""
+        with client_socket(self._sockets(), zmq.DEALER, curve_keys(key)) as link:
+            link.connect(door_address(engine_id))
+            await link.send(raw)
+            report: dict[str, Any] = msgspec.json.decode(await link.recv())
+        return report
+
+    def _sockets(self) -> zmq.asyncio.Context:
+        if self._context is None:
+            self._context = zmq.asyncio.Context()
+        return self._context
 
     async def _release(self, scope: Scope, receive: Receive) -> tuple[int, dict[str, Any]]:
         settings = _settings(scope["app"].state.vllm_config)
@@ -76,10 +126,8 @@ class DisaggFrontend:
 
     async def _forbid(self, settings: EngineSettings, transfer_id: TransferId) -> bool:
         """Ask this instance's own control channel, as any engine of the deployment may."""
-        if self._context is None:
-            self._context = zmq.asyncio.Context()
-        with client_socket(self._context, zmq.DEALER, curve_keys(load_key(settings.key_file))) as link:
-            link.connect(f"tcp://{settings.control_host}:{settings.control_port}")
+        with client_socket(self._sockets(), zmq.DEALER, curve_keys(load_key(settings.key_file))) as link:
+            link.connect(_control(settings))
             await link.send(messages.encode(Forbid(transfer_id=transfer_id)))
             answer = messages.decode_or_none(messages.from_prefill, await link.recv_multipart())
         return isinstance(answer, Released) and answer.ok
@@ -104,6 +152,10 @@ def _rendering(state: Any) -> str:
 
 def _settings(vllm_config: Any) -> EngineSettings:
     return EngineSettings.from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
+
+
+def _control(settings: EngineSettings) -> str:
+    return f"tcp://{settings.control_host}:{settings.control_port}"
 
 
 def _transfer_id(body: bytes) -> TransferId | None:

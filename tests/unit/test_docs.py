@@ -18,8 +18,11 @@ from vllm_disagg.config import EngineSettings, ProxySettings, default_of
 from vllm_disagg.connector import pull
 from vllm_disagg.connector.holds import HoldEvent
 from vllm_disagg.connector.peers import HELLO_TIMEOUT_S
+from vllm_disagg.connector.secure import HANDSHAKE_S
 from vllm_disagg.core import lifetime
 from vllm_disagg.core.policy import LOCAL_REASONS, REFUSE_REASONS
+from vllm_disagg.core.probe import PROBE_LIMIT_S
+from vllm_disagg.doctor.settings import DoctorSettings
 from vllm_disagg.emulation.settings import EmulationSettings
 from vllm_disagg.frontend import RELEASE_TIMEOUT_S
 from vllm_disagg.launcher.settings import UpSettings
@@ -138,6 +141,7 @@ def test_flags_that_a_role_refuses(flag: str) -> None:
     [
         ("proxy", ProxySettings, "## The proxy"),
         ("up", UpSettings, "## `vllm-disagg up`"),
+        ("doctor", DoctorSettings, "## `vllm-disagg doctor`"),
         ("plan", PlanSettings, "## `vllm-disagg plan`"),
         ("simulate", SimulateSettings, "## `vllm-disagg simulate`"),
     ],
@@ -159,6 +163,8 @@ def test_environment_variables() -> None:
     ("row", "value"),
     [
         ("greeting a prefill engine", HELLO_TIMEOUT_S),
+        ("a stranger's connection", HANDSHAKE_S),
+        ("one probe of", PROBE_LIMIT_S),
         ("a given-up read", CANCEL_BOUND_S),
         ("the engine's answer to a release", RELEASE_TIMEOUT_S),
         ("probes in a row", MAX_STRIKES),

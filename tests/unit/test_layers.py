@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "proxy": {"errors", "config", "core"},
     "launcher": {"errors", "config", "folders", "core", "profiles"},
     "emulation": {"errors", "config", "folders", "core", "profiles", "transport", "connector"},
+    "doctor": {"errors", "config", "core", "launcher"},
     "profiler": {"errors", "core", "profiles", "emulation"},
 }
 """Part -> the parts it may import (itself always)."""
@@ -44,6 +45,7 @@ LIGHT = (
     "vllm_disagg.proxy",
     "vllm_disagg.proxy.app",
     "vllm_disagg.launcher",
+    "vllm_disagg.doctor.run",
     "vllm_disagg.cli",
 )
 

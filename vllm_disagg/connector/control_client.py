@@ -27,6 +27,7 @@ from vllm_disagg.connector.messages import (
     Hello,
     NotHere,
     PeerState,
+    ProbeEnded,
     RankInfo,
     ReadEnded,
     Refused,
@@ -34,6 +35,7 @@ from vllm_disagg.connector.messages import (
     Released,
     Renew,
     Renewed,
+    RunProbe,
     ToWorker,
     Welcome,
 )
@@ -50,6 +52,7 @@ from vllm_disagg.connector.tally import (
     Tally,
 )
 from vllm_disagg.core.handoff import Handoff
+from vllm_disagg.core.probe import WorkerReport
 from vllm_disagg.core.types import EngineId, TransferId
 
 logger = logging.getLogger(__name__)
@@ -96,6 +99,7 @@ class DecodeControl:
         self._peers: dict[EngineId, Peer] = {}
         self._pulls: dict[TransferId, Pull] = {}
         self._renew_at_s: float | None = None
+        self._on_probed: Callable[[int, WorkerReport], None] = lambda index, report: None
         self._stopping = False
         self._guard = Guard("control")
         self.tally = Tally()
@@ -138,6 +142,25 @@ class DecodeControl:
         """The workers get this read with the coming step; a `Settled` follows, by the pull deadline at the latest. Of
         the prompt's blocks those from `first_block` on are read."""
         self._orders.put(functools.partial(self._expected, transfer_id, first_block))
+
+    def peer_state(self, engine_id: EngineId) -> tuple[PeerPhase, str]:
+        """How far that engine is connected, and why not further: a metric label."""
+        peer = self._peers.get(engine_id)
+        return ("greeting", "") if peer is None else (peer.phase, peer.cause or "peer_unreachable")
+
+    def pair(self, engine_id: EngineId, address: str) -> None:
+        """Connect to a prefill engine without a request, or again after its back-off."""
+        self._orders.put(functools.partial(self._pair, engine_id, address))
+
+    def probe(self, order: RunProbe, on_ended: Callable[[int, WorkerReport], None]) -> None:
+        """Have every worker probe a prefill engine that is ready. `on_ended` is called on this thread with a worker's
+        index and what it has found. One probe at a time: a new one is reported instead of the last."""
+        self._orders.put(functools.partial(self._begin_probe, order, on_ended))
+
+    @property
+    def num_workers(self) -> int:
+        """How many reports a probe brings."""
+        return len(self._links)
 
     def begin(self, read: BeginRead, *, first_block: int = 0) -> None:
         """Have the workers begin this read at once; else like `expect`."""
@@ -199,12 +222,21 @@ class DecodeControl:
             num_blocks=len(handoff.block_ids[0]) if handoff.block_ids else 0,
             renew_interval_s=handoff.lease_s * RENEWALS_PER_LEASE,
         )
+        self._pair(handoff.engine_id, handoff.control)
+        self._renew(now_s)  # it may have waited on its way here
+
+    def _pair(self, engine_id: EngineId, address: str) -> None:
+        now_s = time.monotonic()
+        peer = self._peers.get(engine_id)
         if peer is None:
-            peer = self._peers[handoff.engine_id] = Peer(engine_id=handoff.engine_id, address=handoff.control)
+            peer = self._peers[engine_id] = Peer(engine_id=engine_id, address=address)
             self._greet(peer, now_s)
         elif peer.phase == "failed" and now_s >= peer.retry_at_s:
             self._greet(peer, now_s)
-        self._renew(now_s)  # it may have waited on its way here
+
+    def _begin_probe(self, order: RunProbe, on_ended: Callable[[int, WorkerReport], None]) -> None:
+        self._on_probed = on_ended
+        self._tell_workers(order)
 
     def _expected(self, transfer_id: TransferId, first_block: int) -> None:
         now_s = time.monotonic()
@@ -243,6 +275,8 @@ class DecodeControl:
                 self._read_ended(index, ended)
             case PeerState() as state:
                 self._peer_state(index, state)
+            case ProbeEnded() as ended_probe:
+                self._on_probed(index, ended_probe.report)
 
     def _read_ended(self, index: int, ended: ReadEnded) -> None:
         pull = self._pulls.get(ended.transfer_id)

@@ -22,10 +22,14 @@ from vllm_disagg.connector.mailbox import Mailbox
 from vllm_disagg.connector.messages import (
     BlocksDigested,
     DigestBlocks,
+    FillProbe,
     Forbid,
     FromPrefill,
     Hello,
     NotHere,
+    OpenProbe,
+    ProbeFilled,
+    ProbeOpened,
     Progress,
     RankInfo,
     Refused,
@@ -33,7 +37,6 @@ from vllm_disagg.connector.messages import (
     Released,
     Renew,
     Renewed,
-    ToPrefill,
     Welcome,
 )
 from vllm_disagg.connector.secure import CurveKeys, client_socket, send_now, server_socket, start_authenticator
@@ -41,7 +44,7 @@ from vllm_disagg.connector.strangers import StrangerWatch
 from vllm_disagg.connector.tally import KEY_FACTOR, OTHER, PROTOCOL_FACTOR, REFUSED_PEERS, Tally
 from vllm_disagg.connector.voucher import Voucher
 from vllm_disagg.core.fingerprint import check_compatible
-from vllm_disagg.core.types import EngineId, TransferId
+from vllm_disagg.core.types import EngineId, TransferId, new_nonce, new_transfer_id
 from vllm_disagg.core.verify import DigestJob
 from vllm_disagg.errors import ConfigError, IncompatiblePeer
 
@@ -55,6 +58,7 @@ MAX_REQUEST_BYTES = 256 * 1024
 transfer (`messages.RENEWALS_PER_FRAME`)."""
 
 _MAX_FRAMES_PER_TURN = 256
+_MAX_WAITING_PROBES = 64
 
 
 class PrefillControl:
@@ -89,6 +93,8 @@ class PrefillControl:
         self._serving = False
         self._guard = Guard("control")
         self.num_bad_frames = 0
+        self._digests: list[bytes | None] = [None for _ in worker_links]
+        self._probers: list[bytes] = []
         self.tally = Tally()
         self._context: zmq.Context[Any] = zmq.Context()
         self._authenticator = start_authenticator(self._context, keys)
@@ -182,7 +188,9 @@ class PrefillControl:
         elif isinstance(message, Release) and message.verify and message.transfer_id in self._vouchers:
             self._release_verified(sender, message)
         else:
-            send_now(self._router, sender, messages.encode(self._answer(message)))
+            answer = self._open_probe(sender, message) if isinstance(message, OpenProbe) else self._answer(message)
+            if answer is not None:
+                send_now(self._router, sender, messages.encode(answer))
 
     def _have_digested(self, job: DigestJob) -> None:
         """Have every worker digest its part of a hold's blocks."""
@@ -191,9 +199,15 @@ class PrefillControl:
             send_now(link, messages.encode(DigestBlocks(job=job)))
 
     def _worker_said(self, index: int, frames: list[bytes]) -> None:
-        message = messages.decode_or_none(messages.from_worker, frames)
-        voucher = self._vouchers.get(message.transfer_id) if isinstance(message, BlocksDigested) else None
-        if voucher is None or not isinstance(message, BlocksDigested):
+        match messages.decode_or_none(messages.from_worker, frames):
+            case BlocksDigested() as digested:
+                self._digested(index, digested)
+            case ProbeFilled() as filled:
+                self._filled(index, filled)
+
+    def _digested(self, index: int, message: BlocksDigested) -> None:
+        voucher = self._vouchers.get(message.transfer_id)
+        if voucher is None:
             return
         voucher.add(index, self._ranks[index].tp_rank, message)
         if not voucher.waiting and voucher.asked is not None:
@@ -219,7 +233,7 @@ class PrefillControl:
                 sender, release = voucher.asked
                 send_now(self._router, sender, messages.encode(self._answer(release)))
 
-    def _answer(self, message: ToPrefill) -> FromPrefill:
+    def _answer(self, message: Hello | Renew | Release | Forbid) -> FromPrefill:
         match message:
             case Hello():
                 return self._greet(message)
@@ -247,6 +261,34 @@ class PrefillControl:
             )
         self._serve_until_s = time.monotonic() + HANDSHAKE_GRACE_S
         return Welcome(engine_id=self._engine_id, ranks=self._ranks)
+
+    # Probes.
+
+    def _open_probe(self, sender: bytes, message: OpenProbe) -> FromPrefill | None:
+        """Answered when every worker has filled its memory, which takes a moment only the first time."""
+        if message.engine_id != self._engine_id:
+            return NotHere(expected=message.engine_id)
+        if None not in self._digests:
+            return self._probe_opened()
+        if len(self._probers) < _MAX_WAITING_PROBES:
+            self._probers.append(sender)
+        for link in self._links:
+            send_now(link, messages.encode(FillProbe()))
+        return None
+
+    def _filled(self, index: int, filled: ProbeFilled) -> None:
+        self._digests[index] = filled.digest
+        if None not in self._digests:
+            probers, self._probers = self._probers, []
+            for sender in probers:
+                send_now(self._router, sender, messages.encode(self._probe_opened()))
+
+    def _probe_opened(self) -> ProbeOpened:
+        """A hold of no blocks is like any other one: workers serve while it lives, and it ends with its lease."""
+        transfer_id, nonce = new_transfer_id(), new_nonce()
+        self._holds.grant(transfer_id, nonce, ())
+        digests = tuple(digest or b"" for digest in self._digests)
+        return ProbeOpened(engine_id=self._engine_id, transfer_id=transfer_id, nonce=nonce, digests=digests)
 
     def _close(self) -> None:
         self._mailbox.close()

@@ -26,6 +26,7 @@ from vllm_disagg.connector.holds import Holds
 from vllm_disagg.connector.messages import RankInfo
 from vllm_disagg.connector.metadata import StepMetadata, WorkerMetadata
 from vllm_disagg.connector.prefill_side import PrefillSide
+from vllm_disagg.connector.probe_door import ProbeDoor
 from vllm_disagg.connector.reserve import Reserve
 from vllm_disagg.connector.secure import curve_keys
 from vllm_disagg.connector.stats import TransferPromMetrics, TransferStats
@@ -69,6 +70,7 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
         self._prefill: PrefillSide | None = None
         self._decode: DecodeSide | None = None
         self._control: PrefillControl | DecodeControl | None = None
+        self._door: ProbeDoor | None = None
         self._worker: WorkerSide | None = None
         support.check_supported(vllm_config, kv_cache_config)
         if role == KVConnectorRole.WORKER:
@@ -159,7 +161,9 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
             keys=curve_keys(self._key),
             fingerprint=fingerprint,
             ranks=[
-                RankInfo(pp_rank=pp_rank, tp_rank=tp_rank, descriptor=item.descriptor, layout=item.layout)
+                RankInfo(
+                    pp_rank=pp_rank, tp_rank=tp_rank, descriptor=item.descriptor, layout=item.layout, probe=item.probe
+                )
                 for (pp_rank, tp_rank), item in workers.items()
             ],
             worker_links=[item.link for item in workers.values()],
@@ -202,6 +206,14 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
             self._decode.bind_block_pool(self._pool)
         control.start()
         self._control = control
+        self._door = ProbeDoor(
+            engine_id=self._engine_id,
+            key=self._key,
+            keys=curve_keys(self._key),
+            fingerprint=fingerprint,
+            control=control,
+        )
+        self._door.start()
         logger.info("role.ready role=decode engine=%s", self._engine_id)
 
     def on_wake(self, wake: Callable[[], None]) -> None:
@@ -312,6 +324,8 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         """The engine or the worker ends."""
+        if self._door is not None:
+            self._door.stop()
         if self._control is not None:
             self._control.stop()
         if self._worker is not None:

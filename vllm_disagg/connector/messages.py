@@ -3,6 +3,7 @@
 1  first version
 2  segments tell which heads they hold and how these lie; a worker is told of all ranks of a peer
 3  digests of KV blocks
+4  probes: ranks offer memory for them
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from typing import TypeVar
 
 import msgspec
 
+from vllm_disagg.core.probe import WorkerReport
 from vllm_disagg.core.types import BlockIds, EngineId, TransferId
 from vllm_disagg.core.verify import DigestJob, HeadSums
+from vllm_disagg.transport.base import Region
 from vllm_disagg.transport.layout import RankLayout
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 RENEWALS_PER_FRAME = 4096
 """Transfers in one `Renew`, so that it stays far below what prefill receives."""
@@ -34,6 +37,8 @@ class RankInfo(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbi
     pp_rank: int
     descriptor: bytes
     layout: RankLayout
+    probe: Region | None = None
+    """Memory that probes read; it is among what `descriptor` describes."""
 
 
 # Decode (or a frontend of the same engine) to prefill.
@@ -68,6 +73,12 @@ class Forbid(_Message, frozen=True):
     """The client has left: let this transfer's blocks go, also if its prompt is still being computed."""
 
     transfer_id: TransferId
+
+
+class OpenProbe(_Message, frozen=True):
+    """Get ready to be probed: fill the memory for it, and hold no blocks at all under a fresh transfer id."""
+
+    engine_id: EngineId
 
 
 # Prefill's answers.
@@ -109,6 +120,15 @@ class Released(_Message, frozen=True):
     transfer_id: TransferId
     ok: bool
     sums: tuple[HeadSums, ...] = ()
+
+
+class ProbeOpened(_Message, frozen=True):
+    """You may read the probe memory of every rank; `digests` are of what lies there. The hold is yours to end."""
+
+    engine_id: EngineId
+    transfer_id: TransferId
+    nonce: str
+    digests: tuple[bytes, ...]
 
 
 # An engine's core to its workers.
@@ -156,6 +176,18 @@ class CancelRead(_Message, frozen=True):
     transfer_id: TransferId
 
 
+class FillProbe(_Message, frozen=True):
+    """Give your probe memory content. Answered with `ProbeFilled`."""
+
+
+class RunProbe(_Message, frozen=True):
+    """Read the probe memory of that engine's ranks. `digests` are of theirs, in their order. Answered with
+    `ProbeEnded`."""
+
+    engine_id: EngineId
+    digests: tuple[bytes, ...]
+
+
 # A worker to its engine's core.
 
 
@@ -186,10 +218,22 @@ class BlocksDigested(_Message, frozen=True):
     error: str = ""
 
 
-ToPrefill = Hello | Renew | Release | Forbid
-FromPrefill = Welcome | Refused | NotHere | Renewed | Released
-ToWorker = Progress | ConnectPeer | DisconnectPeer | BeginRead | CancelRead | DigestBlocks
-FromWorker = PeerState | ReadEnded | BlocksDigested
+class ProbeFilled(_Message, frozen=True):
+    """What lies in this worker's probe memory."""
+
+    digest: bytes
+
+
+class ProbeEnded(_Message, frozen=True):
+    """What this worker's part of a probe has found."""
+
+    report: WorkerReport
+
+
+ToPrefill = Hello | Renew | Release | Forbid | OpenProbe
+FromPrefill = Welcome | Refused | NotHere | Renewed | Released | ProbeOpened
+ToWorker = Progress | ConnectPeer | DisconnectPeer | BeginRead | CancelRead | DigestBlocks | FillProbe | RunProbe
+FromWorker = PeerState | ReadEnded | BlocksDigested | ProbeFilled | ProbeEnded
 
 to_prefill: msgspec.msgpack.Decoder[ToPrefill] = msgspec.msgpack.Decoder(ToPrefill)
 from_prefill: msgspec.msgpack.Decoder[FromPrefill] = msgspec.msgpack.Decoder(FromPrefill)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
 
 from vllm_disagg.connector.worker_thread import ReadJob
+from vllm_disagg.transport.base import Region
 from vllm_disagg.transport.layout import RankLayout
 
 
@@ -29,6 +30,7 @@ class WorkerMetadata(KVConnectorHandshakeMetadata):
     link: str
     isa: str
     transport: str
+    probe: Region | None = None
 
     def __repr__(self) -> str:
         return f"WorkerMetadata(link={self.link!r})"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_disagg.config import EngineSettings
 from vllm_disagg.connector.digests import Digester, device_reader, host_reader
 from vllm_disagg.connector.metadata import StepMetadata, WorkerMetadata
+from vllm_disagg.connector.probe_memory import PROBE_BYTES, ProbeMemory
 from vllm_disagg.connector.secure import curve_keys
 from vllm_disagg.connector.worker_thread import WorkerThread
 from vllm_disagg.core.keys import derive
@@ -69,6 +70,8 @@ class WorkerSide:
         Raises:
             TransportError: the transport cannot be opened or refuses the memory.
         """
+        import torch
+
         tensors = {name: kv_caches[name] for group in self._groups for name in group}
         device = next(iter(tensors.values())).device
         layout = RankLayout(
@@ -84,7 +87,8 @@ class WorkerSide:
         if self._settings.transport == "auto" and (pp_rank, tp_rank) == (0, 0):
             logger.info("transport.chosen transport=%s because=%r", transport_name, why)
         memory: MemoryKind = "DRAM" if device.type == "cpu" else "VRAM"
-        regions = _regions(layout)
+        probe = ProbeMemory(torch.empty(PROBE_BYTES, dtype=torch.uint8, device=device))
+        regions = [*_regions(layout), probe.region]
 
         def opened() -> tuple[Transport, bytes]:
             name = f"{self._engine_id}/pp{pp_rank}tp{tp_rank}"
@@ -98,7 +102,12 @@ class WorkerSide:
         read = host_reader if memory == "DRAM" else device_reader(list(tensors.values()))
         digester = Digester(layout=layout, key=derive(self._key, "kv-digest"), read=read)
         self._thread = WorkerThread(
-            open_transport=opened, layout=layout, keys=curve_keys(self._key), digester=digester, spread=spread
+            open_transport=opened,
+            layout=layout,
+            keys=curve_keys(self._key),
+            digester=digester,
+            spread=spread,
+            probe=probe,
         )
         descriptor = self._thread.start()
         self._metadata = WorkerMetadata(
@@ -107,6 +116,7 @@ class WorkerSide:
             link=self._thread.endpoint,
             isa=isa,
             transport=transport_name,
+            probe=probe.region,
         )
 
     @property

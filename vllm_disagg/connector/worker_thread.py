@@ -23,13 +23,21 @@ from vllm_disagg.connector.messages import (
     ConnectPeer,
     DigestBlocks,
     DisconnectPeer,
+    FillProbe,
     FromWorker,
     PeerState,
+    ProbeEnded,
+    ProbeFilled,
     Progress,
+    RankInfo,
     ReadEnded,
+    RunProbe,
     ToWorker,
 )
+from vllm_disagg.connector.probe_memory import PROBE_BYTES, ProbeMemory
+from vllm_disagg.connector.probe_run import ProbeRun, ProbeSource
 from vllm_disagg.connector.secure import CurveKeys, send_now, server_socket, start_authenticator
+from vllm_disagg.core.probe import WorkerReport
 from vllm_disagg.core.types import BlockIds, EngineId, TransferId
 from vllm_disagg.core.verify import DigestJob, HeadSums
 from vllm_disagg.errors import IncompatiblePeer, TransportError
@@ -65,6 +73,8 @@ class _Source:
 
     name: PeerName
     routes: Routes
+    index: int
+    rank: RankInfo
 
 
 @dataclass(slots=True, eq=False)
@@ -112,6 +122,7 @@ class WorkerThread:
         keys: the deployment's CURVE keys.
         digester: makes digests of the worker's blocks.
         spread: see `plan_routes`.
+        probe: memory for probes.
     """
 
     def __init__(
@@ -122,6 +133,7 @@ class WorkerThread:
         keys: CurveKeys,
         digester: Digester,
         spread: int = 0,
+        probe: ProbeMemory | None = None,
     ) -> None:
         self._open_transport, self._layout = open_transport, layout
         self._jobs: Mailbox[ReadJob | Digested | None] = Mailbox()
@@ -130,6 +142,8 @@ class WorkerThread:
         self._pulls: dict[TransferId, _Pull] = {}
         self._by_handle: dict[int, _Pull] = {}
         self._cancelled: dict[TransferId, None] = {}
+        self._probe_memory = probe
+        self._probe: ProbeRun | None = None
         self._serving = False
         self._pause = threading.Event()  # never set: a wait with a fraction of a millisecond
         self._guard = Guard("worker")
@@ -192,9 +206,13 @@ class WorkerThread:
             self._guard.each(self._transport.poll(), self._ended)
         if self._serving:
             self._transport.progress()
+        if self._probe is not None:
+            self._go_on_probing(self._probe)
         return None not in jobs
 
     def _wait(self) -> None:
+        if self._probe is not None and self._probe.wants_turn:
+            return
         if self._transport.num_active:
             self._pause.wait(READ_POLL_S)
         else:
@@ -230,6 +248,10 @@ class WorkerThread:
                 )
             case DigestBlocks():
                 self._digester.submit(message.job, self._jobs.put)
+            case FillProbe():
+                self._say(ProbeFilled(digest=b"" if self._probe_memory is None else self._probe_memory.fill()))
+            case RunProbe():
+                self._begin_probe(message)
             case CancelRead():
                 pull = self._pulls.get(message.transfer_id)
                 if pull is None:
@@ -249,7 +271,8 @@ class WorkerThread:
         try:
             routes = plan_routes(self._layout, [rank.layout for rank in message.ranks], spread=self._spread)
             for index, wanted in routes.items():
-                sources.append(_Source(self._transport.connect(message.ranks[index].descriptor), wanted))
+                rank = message.ranks[index]
+                sources.append(_Source(self._transport.connect(rank.descriptor), wanted, index, rank))
         except Exception as failure:  # whatever a peer's descriptor does to the library, the peer is refused
             error, misfit = str(failure) or type(failure).__name__, isinstance(failure, IncompatiblePeer)
             self._disconnect(sources)
@@ -269,6 +292,33 @@ class WorkerThread:
             self._say(pull.ended)
         else:
             self._say(BlocksDigested(transfer_id=item.transfer_id, sums=item.sums, error=item.error))
+
+    def _begin_probe(self, message: RunProbe) -> None:
+        """Probe one peer at a time; whoever gave the order knows of no other one."""
+        sources = [
+            ProbeSource(source.name, source.rank.probe, message.digests[source.index])
+            for source in self._sources.get(message.engine_id, ())
+            if source.rank.probe is not None
+            and source.rank.probe.num_bytes >= PROBE_BYTES
+            and source.index < len(message.digests)
+        ]
+        if self._probe_memory is None or self._probe is not None or not sources:
+            why = "another probe is under way" if self._probe is not None else "there is nothing to read for a probe"
+            self._say(ProbeEnded(report=WorkerReport(error=why)))
+            return
+        self._probe = ProbeRun(
+            transport=self._transport,
+            memory=self._probe_memory,
+            sources=sources,
+            on_done=lambda report: self._say(ProbeEnded(report=report)),
+        )
+
+    def _go_on_probing(self, probe: ProbeRun) -> None:
+        if probe.wants_turn:
+            probe.step()
+        probe.keep_time()
+        if probe.is_over:
+            self._probe = None
 
     def _begin(self, job: ReadJob) -> None:
         if job.transfer_id in self._cancelled:
@@ -305,6 +355,8 @@ class WorkerThread:
     def _ended(self, outcome: Outcome) -> None:
         pull = self._by_handle.pop(id(outcome.handle), None)
         if pull is None:
+            if self._probe is not None and self._probe.handle is outcome.handle:
+                self._probe.ended(outcome)
             return
         pull.add(outcome)
         if not pull.handles and pull.verify is not None and not pull.error:

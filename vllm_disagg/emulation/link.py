@@ -171,14 +171,21 @@ class EmulatedLink:
         return self.inner.wire(peer)
 
     def read(self, peer: PeerName, copies: Sequence[Copy]) -> TransferHandle:
+        return self._read(peer, copies, self._link)
+
+    def read_unmodelled(self, peer: PeerName, copies: Sequence[Copy]) -> TransferHandle:
+        """A read that is no KV, and takes the time of the real link alone. Faults meet it all the same."""
+        return self._read(peer, copies, None)
+
+    def _read(self, peer: PeerName, copies: Sequence[Copy], link: Link | None) -> TransferHandle:
         faults = self._faults.of_read(self._num_reads + 1) if copies else ()
         kept = _saved(copies[0]) if any(fault.kind == "drop_block" for fault in faults) else None
         handle = self.inner.read(peer, copies)
         self._num_reads += 1
         now_s = self._now()
         end_s = now_s
-        if self._link is not None:
-            seconds = self._link.seconds(self._scale * sum(copy.num_bytes for copy in copies)) * self._dilation
+        if link is not None:
+            seconds = link.seconds(self._scale * sum(copy.num_bytes for copy in copies)) * self._dilation
             end_s = self._ledger.reserve([f"out {peer}", f"in {self._own_name}"], seconds, now_s)
         pending = _Pending(
             number=self._num_reads,

@@ -21,6 +21,7 @@ from vllm_disagg.launcher.console import Console
 from vllm_disagg.launcher.local import Deployment
 from vllm_disagg.launcher.machine import Machine, free_ports, require_free_port, this_machine
 from vllm_disagg.launcher.plan import ENGINE_COMMAND, PROXY_COMMAND, plan_launch, ports_needed
+from vllm_disagg.launcher.running import write_note
 from vllm_disagg.launcher.settings import UpSettings, has_flag
 from vllm_disagg.profiles import load_profile
 from vllm_disagg.profiles.shapes import SHAPES
@@ -91,8 +92,17 @@ async def deployed(
         for engine in plan.engines:
             console.line(f"{engine.name}: {engine.place}, {engine.url}, log {log_dir / engine.name}.log")
         async with Deployment(plan, log_dir=log_dir, stop_grace_s=settings.stop_grace_s, console=console) as deployment:
-            await deployment.start(timeout_s=settings.start_timeout_s)
-            yield deployment
+            note = write_note(
+                log_dir,
+                prefill=[engine.url for engine in plan.engines if engine.role == "prefill"],
+                decode=[engine.url for engine in plan.engines if engine.role == "decode"],
+                key_file=key_file,
+            )
+            try:
+                await deployment.start(timeout_s=settings.start_timeout_s)
+                yield deployment
+            finally:
+                note.unlink(missing_ok=True)
 
 
 def _what_to_serve(settings: UpSettings) -> tuple[UpSettings, Path | None]:
