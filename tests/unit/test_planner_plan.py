@@ -71,6 +71,15 @@ def test_a_rate_is_served_by_as_many_as_it_needs() -> None:
     assert plan.chosen.candidate.num_devices <= 16
 
 
+def test_a_small_rate_needs_no_second_instance() -> None:
+    """Per device the split is better here, but a single colocated one is enough."""
+    plan = make_plan(tight_tpot(rate=0.05))
+
+    assert plan.gain is not None and plan.gain.ratio > 1.2
+    assert plan.choice == "colocated" and plan.chosen.price == 2.0
+    assert plan.verdict.startswith("stay colocated: 1 x colocated TP2") and "costs 3" in plan.verdict
+
+
 def test_a_rate_that_the_cluster_cannot_serve_says_what_it_can() -> None:
     with pytest.raises(NoFeasiblePlacement, match=r"500 requests/s are more than 4 devices serve.*they serve about \d"):
         make_plan(tight_tpot(rate=500.0))

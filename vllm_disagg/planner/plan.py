@@ -31,6 +31,8 @@ VERSION: Final = 1
 
 Choice = Literal["split", "colocated"]
 
+_CHOICES: Final[tuple[Choice, ...]] = ("colocated", "split")
+
 _TRUST: Final[dict[Kind, str]] = {
     "measured": "step times measured",
     "published": "step times published by others, not measured here",
@@ -97,7 +99,10 @@ def make_plan(question: Question, mapper: Mapper = map) -> Plan:
     plain = best_colocated(question, mapper)[: max(1, question.effort.finalists // 2)]
     if not split and not plain:
         raise NoFeasiblePlacement(_infeasible(question))
-    ranking = measure(question, [*split, *_as_large(plain, split)], mapper)
+    grown = _as_large(plain, split)
+    # A small rate may not need as many of them.
+    alone = [score for score in plain if question.rate is not None and score.candidate not in _candidates(grown)]
+    ranking = measure(question, [*split, *grown, *alone], mapper)
     ranking = [score for score in ranking if score.goodput.mean > 0]
     if not ranking:
         raise NoFeasiblePlacement(_infeasible(question))
@@ -107,9 +112,10 @@ def make_plan(question: Question, mapper: Mapper = map) -> Plan:
         "split" if best["colocated"] is None or (gain and gain.is_clear and gain.ratio > 1) else "colocated"
     )
     chosen = best[choice]
-    assert chosen is not None
+    dearer: Score | None = None
     if question.rate is not None:
-        chosen = _for_rate(question, chosen, ranking)
+        choice, chosen, dearer = _cheapest(question, choice, ranking)
+    assert chosen is not None
     kinds = {question.resources.prefill.profile.kind, question.resources.decode.profile.kind}
     kind: Kind = next(kind for kind in ("guess", "published", "measured") if kind in kinds)
     return Plan(
@@ -117,7 +123,9 @@ def make_plan(question: Question, mapper: Mapper = map) -> Plan:
         chosen=chosen,
         ranking=tuple(ranking),
         gain=gain,
-        verdict=_verdict(choice, chosen, gain, best["split"], best["colocated"], question, kind),
+        verdict=_verdict_at_rate(choice, chosen, dearer, question, kind)
+        if dearer is not None
+        else _verdict(choice, chosen, gain, best["split"], best["colocated"], question, kind),
         rate=question.rate,
         slo=question.slo,
         goal=question.search.goal,
@@ -243,24 +251,60 @@ def _gain(split: Score | None, plain: Score | None) -> Gain | None:
     return Gain(ratio=sum(ratios) / len(ratios), half_width=half_width(ratios))
 
 
-def _for_rate(question: Question, chosen: Score, ranking: Sequence[Score]) -> Score:
-    """The cheapest of the chosen kind that serves the rate, several of it where one is not enough."""
+def _cheapest(question: Question, better: Choice, ranking: Sequence[Score]) -> tuple[Choice, Score, Score | None]:
+    """What serves the rate for the least money. At equal prices the kind with more goodput per price.
+
+    Returns:
+        The kind, its placement, and the other kind's if that is dearer.
+
+    Raises:
+        NoFeasiblePlacement: the cluster is too small.
+    """
     assert question.rate is not None
-    limit = question.resources.cluster.num_devices
-    options = []
-    for score in ranking:
-        factor = math.ceil(question.rate / score.goodput.mean)
-        if score.candidate.kind == chosen.candidate.kind and factor * score.candidate.num_devices <= limit:
-            options.append((score.price * factor, score.candidate.num_devices * factor, factor, score))
-    if not options:
+    served = {kind: _for_rate(question, kind, ranking) for kind in _CHOICES}
+    able = [kind for kind in _CHOICES if served[kind] is not None]
+    if not able:
+        limit = question.resources.cluster.num_devices
         most = max((score.goodput.mean * (limit // score.candidate.num_devices) for score in ranking), default=0.0)
         raise NoFeasiblePlacement(
             f"{question.rate:g} requests/s are more than {limit} devices serve within the targets: "
             f"they serve about {most:.2f}"
         )
+    prices = {kind: score.price for kind, score in served.items() if score is not None}
+    choice = min(able, key=lambda kind: (prices[kind], kind != better))
+    chosen, other = served[choice], served["colocated" if choice == "split" else "split"]
+    assert chosen is not None
+    return choice, chosen, other if other is not None and other.price > chosen.price else None
+
+
+def _for_rate(question: Question, kind: Choice, ranking: Sequence[Score]) -> Score | None:
+    """The cheapest of a kind that serves the rate, several of it where one is not enough; None where the cluster has no
+    room for so many."""
+    assert question.rate is not None
+    options = []
+    for score in ranking:
+        factor = math.ceil(question.rate / score.goodput.mean)
+        devices = factor * score.candidate.num_devices
+        if score.candidate.kind == kind and devices <= question.resources.cluster.num_devices:
+            options.append((score.price * factor, devices, factor, score))
+    if not options:
+        return None
     price, _, factor, score = min(options, key=lambda option: option[:2])
     goodput = replace(score.goodput, per_seed=tuple(value * factor for value in score.goodput.per_seed))
     return replace(score, candidate=score.candidate.times(factor), price=price, goodput=goodput)
+
+
+def _candidates(scores: Sequence[Score]) -> set[Candidate]:
+    return {score.candidate for score in scores}
+
+
+def _verdict_at_rate(choice: Choice, chosen: Score, dearer: Score, question: Question, kind: Kind) -> str:
+    lead = "disaggregate" if choice == "split" else "stay colocated"
+    other = "split" if choice == "colocated" else "colocated"
+    return (
+        f"{lead}: {chosen.candidate.name} serves {question.rate:g} requests/s for a price of {chosen.price:g}; the "
+        f"cheapest {other} placement that does, {dearer.candidate.name}, costs {dearer.price:g} ({_TRUST[kind]})"
+    )
 
 
 def _verdict(
