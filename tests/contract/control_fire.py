@@ -18,7 +18,17 @@ import zmq
 
 from vllm_disagg.connector import messages
 from vllm_disagg.connector.control_server import MAX_REQUEST_BYTES
-from vllm_disagg.connector.messages import Forbid, Hello, Progress, ReadEnded, Release, Released, Renew, Welcome
+from vllm_disagg.connector.messages import (
+    Forbid,
+    Hello,
+    OpenProbe,
+    Progress,
+    ReadEnded,
+    Release,
+    Released,
+    Renew,
+    Welcome,
+)
 from vllm_disagg.connector.secure import CurveKeys, client_socket
 from vllm_disagg.core.types import EngineId, TransferId, new_nonce, new_transfer_id
 
@@ -41,6 +51,7 @@ def valid_messages(rng: random.Random, engine_id: EngineId) -> list[Any]:
         Renew(engine_id=engine_id, transfer_ids=(transfer_id, transfer_id, TransferId(""))),
         Renew(engine_id=engine_id, transfer_ids=()),
         Forbid(transfer_id=transfer_id),
+        OpenProbe(engine_id=EngineId("nobody")),
         Released(transfer_id=transfer_id, ok=True),
         Welcome(engine_id=engine_id, ranks=()),
         Progress(active=False),

@@ -13,11 +13,12 @@ import pytest
 import zmq
 from control_harness import FINGERPRINT, KEYS, STRANGER, WAIT_S, eventually, free_port
 
+from vllm_disagg.connector import messages
 from vllm_disagg.connector.control_client import DecodeControl
 from vllm_disagg.connector.control_server import PrefillControl
 from vllm_disagg.connector.digests import Digester, host_reader
 from vllm_disagg.connector.holds import Holds
-from vllm_disagg.connector.messages import RankInfo
+from vllm_disagg.connector.messages import OpenProbe, ProbeOpened, RankInfo
 from vllm_disagg.connector.probe_door import ProbeDoor, door_address
 from vllm_disagg.connector.probe_memory import PROBE_BYTES, ProbeMemory
 from vllm_disagg.connector.probe_run import SIZES
@@ -202,6 +203,22 @@ def test_an_order_is_obeyed_once_by_the_engine_it_names_and_only_with_the_key() 
         assert "not signed" in engines.probe(key=b"s" * 32).error
         assert "version" in engines.probe(engines.order(version=99)).error
         assert len(engines.holds) == 0
+
+
+def test_probes_that_nobody_ends_are_limited_and_end_with_their_lease() -> None:
+    with pair() as engines, zmq.Context() as context, client_socket(context, zmq.DEALER, KEYS) as link:
+        link.connect(engines.address)
+        for _ in range(100):
+            link.send(messages.encode(OpenProbe(engine_id=engines.prefill_id)))
+        link.send(messages.encode(OpenProbe(engine_id=EngineId("nobody"))))  # answered last
+        answers = [messages.decode_or_none(messages.from_prefill, link.recv_multipart())]
+        eventually(lambda: len(engines.holds) == 64, "the holds")
+        while len(answers) < 65:
+            assert link.poll(WAIT_S * 1000)
+            answers.append(messages.decode_or_none(messages.from_prefill, link.recv_multipart()))
+
+        assert sum(isinstance(answer, ProbeOpened) for answer in answers) == 64
+        assert link.poll(100) == 0
 
 
 def test_the_door_opens_to_no_stranger() -> None:

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 
+from tests.contract.control_fire import GREETING_BYTES, bombard, strangers
 from tests.e2e.conftest import Deployment
 from tests.e2e.engines import EmulatedEngine, Server, emulated_engine, fork_host
-from vllm_disagg.core.keys import create_key_file
+from vllm_disagg.connector.secure import curve_keys
+from vllm_disagg.core.keys import create_key_file, load_key
+from vllm_disagg.core.types import EngineId
 
 
 def doctor(*arguments: str) -> tuple[int, str]:
@@ -117,3 +120,24 @@ def test_a_deployment_key_that_differs_is_named(tcp: tuple[Server, Server, Serve
 
     assert code == 1
     assert output.count("it has another deployment key than this command") == 2
+
+
+@pytest.mark.full
+def test_an_engine_under_fire_is_healthy_and_goes_on_serving(deployment: Deployment) -> None:
+    key_file = deployment.decode.argv[deployment.decode.argv.index("--kv-key-file") + 1]
+    keys = curve_keys(load_key(key_file))
+    _, before = examined([deployment.prefill], [deployment.decode])
+    identity = before["engines"][0]["identity"]
+    address, engine_id = identity["control"], EngineId(identity["engine_id"])
+
+    with strangers(address, curve_keys(b"s" * 32), num_sockets=1000, num_zmq=100) as crowd:
+        fire = bombard(address, keys, engine_id, num_frames=100_000, seed=3)
+        code, told = examined([deployment.prefill], [deployment.decode])
+        crowd.listen(0.2)
+
+    greeting_s = told["pairs"][0]["report"]["greeting_s"]
+    print(f"{fire.num_frames} frames in {fire.seconds:.1f} s; then greeted in {1000 * greeting_s:.1f} ms")
+    assert (code, told["problems"]) == (0, [])
+    assert greeting_s < 5.0
+    assert crowd.answers == [] and all(len(heard) <= GREETING_BYTES for heard in crowd.heard.values())
+    deployment.assert_alive()

@@ -58,7 +58,7 @@ MAX_REQUEST_BYTES = 256 * 1024
 transfer (`messages.RENEWALS_PER_FRAME`)."""
 
 _MAX_FRAMES_PER_TURN = 256
-_MAX_WAITING_PROBES = 64
+_MAX_PROBES = 64
 
 
 class PrefillControl:
@@ -95,6 +95,7 @@ class PrefillControl:
         self.num_bad_frames = 0
         self._digests: list[bytes | None] = [None for _ in worker_links]
         self._probers: list[bytes] = []
+        self._probe_holds: list[TransferId] = []
         self.tally = Tally()
         self._context: zmq.Context[Any] = zmq.Context()
         self._authenticator = start_authenticator(self._context, keys)
@@ -270,10 +271,11 @@ class PrefillControl:
             return NotHere(expected=message.engine_id)
         if None not in self._digests:
             return self._probe_opened()
-        if len(self._probers) < _MAX_WAITING_PROBES:
+        if not self._probers:
+            for link in self._links:
+                send_now(link, messages.encode(FillProbe()))
+        if len(self._probers) < _MAX_PROBES:
             self._probers.append(sender)
-        for link in self._links:
-            send_now(link, messages.encode(FillProbe()))
         return None
 
     def _filled(self, index: int, filled: ProbeFilled) -> None:
@@ -281,12 +283,18 @@ class PrefillControl:
         if None not in self._digests:
             probers, self._probers = self._probers, []
             for sender in probers:
-                send_now(self._router, sender, messages.encode(self._probe_opened()))
+                if (answer := self._probe_opened()) is not None:
+                    send_now(self._router, sender, messages.encode(answer))
 
-    def _probe_opened(self) -> ProbeOpened:
-        """A hold of no blocks is like any other one: workers serve while it lives, and it ends with its lease."""
+    def _probe_opened(self) -> ProbeOpened | None:
+        """A hold of no blocks is like any other one: workers serve while it lives, and it ends with its lease. There
+        are only so many of them at once; who asks for more is not answered."""
+        self._probe_holds = [held for held in self._probe_holds if held in self._holds]
+        if len(self._probe_holds) >= _MAX_PROBES:
+            return None
         transfer_id, nonce = new_transfer_id(), new_nonce()
         self._holds.grant(transfer_id, nonce, ())
+        self._probe_holds.append(transfer_id)
         digests = tuple(digest or b"" for digest in self._digests)
         return ProbeOpened(engine_id=self._engine_id, transfer_id=transfer_id, nonce=nonce, digests=digests)
 
