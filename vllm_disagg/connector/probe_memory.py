@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,19 @@ if TYPE_CHECKING:
     import torch
 
 PROBE_BYTES = 16 * 1024 * 1024
+_PIECE = 1024 * 1024
+
+T = TypeVar("T")
+
+
+def last(steps: Generator[None, None, T]) -> T:
+    """Run a generator to its end without pauses, for what it returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 class ProbeMemory:
@@ -40,20 +54,33 @@ class ProbeMemory:
         )
 
     def fill(self) -> bytes:
-        """Give it content, the first time. Returns the content's digest."""
+        """Give it content, the first time: random, and nowhere the same. Returns the content's digest."""
         if self._owned is None:
-            self._write(np.random.default_rng().integers(0, 256, self.region.num_bytes, np.uint8))
-            self._owned = self.digest()
+            base = np.random.default_rng().integers(0, 256, _PIECE, np.uint8)
+            for number in range(self.region.num_bytes // _PIECE):
+                self._write(number * _PIECE, base ^ np.uint8(number))
+            self._owned = last(self.digesting())
         return self._owned
 
     def clear(self) -> None:
         """Forget what was read here."""
-        self._write(np.zeros(self.region.num_bytes, np.uint8))
+        if self._host is not None:
+            self._host.fill(0)
+        else:
+            self._tensor.zero_()
+            self._synchronize()
 
-    def digest(self, piece: int = PROBE_BYTES) -> bytes:
-        """Of the bytes as they are now, taking pieces of so many bytes from the last to the first."""
-        content = np.ascontiguousarray(self._read().reshape(-1, piece)[::-1])
-        return hashlib.blake2b(content.data, digest_size=16).digest()
+    def digesting(self, piece: int = PROBE_BYTES) -> Generator[None, None, bytes]:
+        """Digest the bytes as they are now, pieces of that size from the last to the first. Pauses every MiB."""
+        digest, content, size = hashlib.sha256(), self._read(), min(piece, _PIECE)
+        done = 0
+        for first in range(len(content) - piece, -1, -piece):
+            for begin in range(first, first + piece, size):
+                digest.update(content[begin : begin + size].data)
+                done += size
+                if done % _PIECE == 0:
+                    yield
+        return digest.digest()
 
     def copy_bytes_per_s(self) -> float:
         """How fast one half of it is copied onto the other one: the best of three."""
@@ -68,13 +95,13 @@ class ProbeMemory:
         self._synchronize()
         return time.perf_counter() - begun_s
 
-    def _write(self, content: NDArray[np.uint8]) -> None:
+    def _write(self, offset: int, content: NDArray[np.uint8]) -> None:
         if self._host is not None:
-            self._host[:] = content
+            self._host[offset : offset + len(content)] = content
         else:
             import torch
 
-            self._tensor.copy_(torch.from_numpy(content))
+            self._tensor[offset : offset + len(content)].copy_(torch.from_numpy(content))
             self._synchronize()
 
     def _read(self) -> NDArray[np.uint8]:

@@ -167,8 +167,17 @@ class ProbeRun:
                 ReadTiming(copy_bytes=size, num_copies=len(copies), seconds=statistics.median(seconds))
             )
             if size in _CHECKED:
-                found.intact.append(self._memory.digest(piece=size) == source.digest)
-                yield None
+                digest = yield from self._digest(size)
+                found.intact.append(digest == source.digest)
+
+    def _digest(self, piece: int) -> Generator[Sequence[Copy] | None, Outcome | None, bytes]:
+        steps = self._memory.digesting(piece)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return bytes(end.value)
+            yield None
 
     def _read(self, copies: Sequence[Copy]) -> Generator[Sequence[Copy] | None, Outcome | None, float]:
         if time.monotonic() >= self._deadline_s:
