@@ -29,6 +29,7 @@ from vllm_disagg.sim.lengths import SURROGATES, FixedLengths, Lengths, lengths_o
 from vllm_disagg.sim.outcome import PHASES
 from vllm_disagg.sim.run import has_numba, simulate
 from vllm_disagg.sim.system import EngineSpec, FirstToken, Policy, System
+from vllm_disagg.sim.timeline import chrome_trace, parse_window
 from vllm_disagg.sim.traces import read_trace
 from vllm_disagg.sim.workload import Workload
 
@@ -131,7 +132,12 @@ def run_simulate(settings: SimulateSettings) -> list[str]:
     system, slo = system_of(settings), SLO(ttft_s=settings.slo_ttft_s, tpot_s=settings.slo_tpot_s)
     workload = replayed(settings)
     rows, found = [], []
-    for rate in _rates(settings.rates):
+    rates = _rates(settings.rates)
+    if settings.timeline:
+        window_s = parse_window(settings.timeline_window)
+        drawn = simulate(system, workload.paced(rates[0]), log=True)
+        _write(settings.timeline, chrome_trace(system, drawn, window_s=window_s), indent=None)
+    for rate in rates:
         outcome = simulate(system, workload.paced(rate))
         window = outcome.window(0.1)
         ttft, tpot = outcome.ttft_s[window], outcome.tpot_s[window]
@@ -310,8 +316,8 @@ def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.0f}" if np.isfinite(seconds) else "never"
 
 
-def _write(path: str, document: dict[str, Any]) -> None:
+def _write(path: str, document: dict[str, Any], *, indent: int | None = 1) -> None:
     try:
-        Path(path).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(document, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--out {path}: {error.strerror}") from error
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error

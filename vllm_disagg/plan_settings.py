@@ -76,3 +76,7 @@ class SimulateSettings:
     slo_tpot_s: float = setting(0.1, "Target for the time per output token, seconds.")
     seed: int = setting(0, "Of the workload.")
     out: str | None = setting(None, "Write the results as JSON to this file.")
+    timeline: str | None = setting(
+        None, "Write what happened in the run at the first rate as a trace that ui.perfetto.dev opens."
+    )
+    timeline_window: str = setting("0,60", "Which part of it: FROM,TO in seconds.")
