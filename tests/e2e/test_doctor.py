@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -54,7 +55,13 @@ def test_bytes_that_change_on_their_way_are_a_problem(deployment: Deployment) ->
     if not isinstance(deployment.decode, EmulatedEngine):
         pytest.skip("faults are injected into emulated engines")
     deployment.decode.inject({"kind": "corrupt_read"})
+    body = {"model": "model", "prompt": "Faults are looked for before each step. " * 8, "max_tokens": 2}
+    request = urllib.request.Request(
+        deployment.proxy.url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert answer.status == 200
         code, told = examined([deployment.prefill], [deployment.decode])
     finally:
         deployment.decode.inject()

@@ -168,6 +168,7 @@ def test_what_only_the_api_servers_know_is_compared_too() -> None:
     ("told", "words"),
     [
         (report(round_trips_s=(0.2, 0.3)), "round trip"),
+        (report(wire="tcp", source={"carrier": "nixl", "sent_by_owner": True}), "can end prefill's process"),
         (report(each_s=1e-3), "each copy"),
         (report(rate=0.1e9), "less than it usually carries"),
     ],

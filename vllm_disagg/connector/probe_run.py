@@ -161,14 +161,14 @@ class ProbeRun:
             if size in _CHECKED:
                 self._memory.clear()
                 yield None
+                seconds.append((yield from self._read(copies)))
+                digest = yield from self._digest(size)
+                found.intact.append(digest == source.digest)
             while len(seconds) < (_REPEATS if time.monotonic() - begun_s < _SOURCE_LIMIT_S else 1):
                 seconds.append((yield from self._read(copies)))
             found.timings.append(
                 ReadTiming(copy_bytes=size, num_copies=len(copies), seconds=statistics.median(seconds))
             )
-            if size in _CHECKED:
-                digest = yield from self._digest(size)
-                found.intact.append(digest == source.digest)
 
     def _digest(self, piece: int) -> Generator[Sequence[Copy] | None, Outcome | None, bytes]:
         steps = self._memory.digesting(piece)

@@ -142,6 +142,12 @@ def _wires(prefill: Identity, decode: Identity, worker: WorkerReport) -> Iterato
                 f"{rate} over {source.wire} is {share:.0%} of a local copy, less than it usually carries",
                 "measure again when engines and memory are idle",
             )
+        if source.carrier == "nixl" and source.sent_by_owner:
+            yield Finding(
+                "note",
+                "over this wire a decode engine that ends in the middle of a read can end prefill's process with it",
+                "--kv-transport auto, on both sides, takes messages here instead of NIXL",
+            )
         if (each_s := seconds_per_copy(source)) > DEAR_COPY_S:
             yield Finding(
                 "note",
@@ -152,7 +158,8 @@ def _wires(prefill: Identity, decode: Identity, worker: WorkerReport) -> Iterato
 
 def _slow(prefill: Identity, decode: Identity, source: SourceReport, rate: str) -> Finding:
     """A wire over which bytes go through the processors or sockets of both sides."""
-    over = f"over {source.wire} at {rate}" if source.wire != "unknown" else f"at {rate}"
+    wire = "gloo (TCP)" if source.wire == "gloo" else source.wire
+    over = f"over {wire} at {rate}" if source.wire != "unknown" else f"at {rate}"
     why = f" ({source.evidence})" if source.evidence else ""
     if prefill.transport == "nccl":
         return Finding(
