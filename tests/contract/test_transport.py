@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 import pytest
 
 from vllm_disagg.errors import ConfigError, TransportError
@@ -10,7 +11,7 @@ from vllm_disagg.testing.check_transport import CHECKS, Check, Memory, finish, r
 from vllm_disagg.transport import auto, nixl, open_transport
 from vllm_disagg.transport.base import CANCEL_BOUND_S, Copy, Region, Transport
 from vllm_disagg.transport.loopback import LoopbackTransport
-from vllm_disagg.transport.regions import RegionTable, batches, plan_copies
+from vllm_disagg.transport.regions import CopyTable, RegionTable, batches, plan_copies
 
 each_check = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 
@@ -148,3 +149,32 @@ def test_bytes_move_only_while_somebody_polls() -> None:
         assert not reader.memory.data.any()
         run_until(lambda: reader.transport.num_active == 0, reader.transport, owner.transport)
         assert reader.memory.data.any()
+
+
+def test_a_small_read_is_not_stuck_behind_a_huge_one() -> None:
+    with rig(open_nixl) as made:
+        reader, owner, peer = made.pair(160 << 20)
+        huge = reader.transport.read(peer, whole(reader, owner))
+        small = reader.transport.read(peer, [Copy(reader.memory.address, owner.memory.address, 4096)])
+
+        outcomes = finish(reader.transport, owner.transport)
+
+        assert [outcome.handle for outcome in outcomes] == [small, huge]
+        assert states(outcomes) == ["done", "done"]
+
+
+def test_a_table_of_copies_is_read_like_a_list_of_them() -> None:
+    rows = np.array([(1000, 50_000, 700), (1700, 50_700, 100), (4000, 52_000, 10)], np.int64)
+    table = CopyTable(rows)
+    ours, theirs = RegionTable([Region(address=0, num_bytes=9000)]), RegionTable([Region(address=0, num_bytes=90_000)])
+
+    one, other = (plan_copies(copies, ours=ours, theirs=theirs, max_bytes=500) for copies in (table, list(table)))
+
+    assert [table[index] for index in range(3)] == list(table) == [Copy(*row) for row in rows.tolist()]
+    assert list(table[1:]) == list(table)[1:]
+    assert one.local.tolist() == other.local.tolist() == [1000, 1500, 4000]
+    assert one.num_bytes.tolist() == other.num_bytes.tolist() == [500, 300, 10]
+    with pytest.raises(TransportError, match="at least one copy"):
+        plan_copies(CopyTable(rows[:0]), ours=ours, theirs=theirs, max_bytes=500)
+    with pytest.raises(TransportError, match="negative address"):
+        plan_copies(CopyTable(-rows), ours=ours, theirs=theirs, max_bytes=500)

@@ -173,19 +173,6 @@ def expected(peer: PeerProcess) -> Memory:
     return Memory(peer.num_bytes, seed=SEED)
 
 
-@ALL
-def test_it_reads_the_memory_of_another_process(made: Rig, start_peer: StartPeer) -> None:
-    peer = start_peer("owner", 24)
-    memory = Memory(peer.num_bytes)
-    reader = made.agent(memory).transport
-
-    read_all(reader, memory, reader.connect(peer.descriptor), peer)
-    (outcome,) = finish(reader)
-
-    assert (outcome.state, outcome.num_descriptors) == ("done", 24 * 16)
-    assert (memory.data == expected(peer).data).all()
-
-
 @pytest.mark.parametrize(
     ("link", "told"),
     [
@@ -196,23 +183,29 @@ def test_it_reads_the_memory_of_another_process(made: Rig, start_peer: StartPeer
     ],
     ids=["nixl", "nixl_tcp", "nccl", "auto_tcp"],
 )
-def test_it_tells_which_wire_is_in_use(made: Rig, start_peer: StartPeer, told: tuple[str, str, bool]) -> None:
-    peer = start_peer("told", 8)
+def test_it_reads_the_memory_of_another_process_and_tells_over_which_wire(
+    made: Rig, start_peer: StartPeer, told: tuple[str, str, bool]
+) -> None:
+    peer = start_peer("owner", 24)
     memory = Memory(peer.num_bytes)
     reader = made.agent(memory).transport
     name = warm_up(reader, memory, peer)
-    read_all(reader, memory, name, peer)
-    finish(reader)
 
+    read_all(reader, memory, name, peer)
+    (outcome,) = finish(reader)
     wire = reader.wire(name)
 
+    assert (outcome.state, outcome.num_descriptors) == ("done", 24 * 16), outcome.error
+    assert (memory.data == expected(peer).data).all()
     assert (wire.transport, wire.wire, wire.sent_by_owner) == told, wire.evidence
     assert "UCX_TLS=tcp at the peer" in wire.evidence or not peer.env
     assert "within the call" in wire.evidence or told[0] != "nixl"
 
 
 @TWO_SIDED
-@pytest.mark.parametrize("moment", ["before_connecting", "before_the_read", "during_the_read"])
+@pytest.mark.parametrize(
+    "moment", ["before_connecting", pytest.param("before_the_read", marks=pytest.mark.full), "during_the_read"]
+)
 def test_nothing_arrives_from_a_frozen_peer_once_its_read_has_ended(
     made: Rig, start_peer: StartPeer, moment: str
 ) -> None:
@@ -405,7 +398,8 @@ def test_ended_links_leave_no_descriptor_and_no_thread(made: Rig, start_peer: St
     for _ in range(5):
         reader.disconnect(warm_up(reader, memory, peer))
 
-    assert (this.num_fds(), this.num_threads()) == before
+    # Threads end on their own time, those of earlier tests too.
+    run_until(lambda: this.num_fds() <= before[0] and this.num_threads() <= before[1])
 
 
 def answer(text: bytes) -> None:

@@ -340,7 +340,7 @@ class WorkerThread:
         if pull.error:
             self._cancel(pull)
 
-    def _planned(self, job: ReadJob) -> list[tuple[_Source, list[Copy]]]:
+    def _planned(self, job: ReadJob) -> list[tuple[_Source, Sequence[Copy]]]:
         """What to read from which rank; nothing where there is nothing to read."""
         sources = self._sources.get(job.engine_id)
         if sources is None:

@@ -91,11 +91,13 @@ def run_until(
     waited_s, now_s = 0.0, time.monotonic()
     while not condition():
         assert waited_s < deadline_s, f"not within {deadline_s} s; outcomes so far: {seen}"
+        num_before = len(seen)
         for transport in transports:
             if transport.num_active:
                 seen.extend(transport.poll())
             transport.progress()
-        time.sleep(_PAUSE_S)
+        if len(seen) == num_before:
+            time.sleep(_PAUSE_S)
         before_s, now_s = now_s, time.monotonic()
         waited_s += min(now_s - before_s, _SLICE_S)
     return seen

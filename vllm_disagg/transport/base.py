@@ -117,7 +117,7 @@ class Transport(Protocol):
 
     def read(self, peer: PeerName, copies: Sequence[Copy]) -> TransferHandle:
         """Queue copying from a peer's memory into ours; `poll` does the work. Returns at once and never raises for
-        what a peer did: such a read ends as `failed` in `poll`. Reads from one peer are served in order.
+        what a peer did: such a read ends as `failed` in `poll`. Reads from one peer may take turns.
 
         Raises:
             TransportError: the peer is not connected, there are no copies, one is empty, or one leaves our or its

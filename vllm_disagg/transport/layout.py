@@ -11,10 +11,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from vllm_disagg.core.types import BlockIds
 from vllm_disagg.errors import IncompatiblePeer
-from vllm_disagg.transport.base import Copy
+from vllm_disagg.transport.regions import CopyTable
+
+Blocks = NDArray[np.int64]
 
 NULL_BLOCK = 0
 """vLLM's block 0 is a placeholder that holds nothing (`BlockPool.null_block`)."""
@@ -111,11 +115,12 @@ def plan_routes(local: RankLayout, remotes: Sequence[RankLayout], *, spread: int
     return {index: tuple(tuple(group) for group in found[index]) for index in sorted(found)}
 
 
-def plan_reads(routes: Routes, local_blocks: BlockIds, remote_blocks: BlockIds) -> list[Copy]:
+def plan_reads(routes: Routes, local_blocks: BlockIds, remote_blocks: BlockIds) -> CopyTable:
     """The copies that fill `local_blocks` from `remote_blocks` of one remote rank, pairwise within each group.
 
-    Neighbouring blocks that follow each other on both sides become one copy where they are read whole. Placeholder
-    blocks are left out.
+    Neighbouring blocks that follow each other on both sides become one copy where they are read whole. The copies are
+    in the order of our memory, so that all that follow each other on both sides, heads and layers too, are neighbours,
+    and the transport can join them wherever one region holds both. Placeholder blocks are left out.
 
     Args:
         routes: from that rank, by `plan_routes`.
@@ -125,12 +130,13 @@ def plan_reads(routes: Routes, local_blocks: BlockIds, remote_blocks: BlockIds) 
     Raises:
         ValueError: the block lists do not pair up, or a block number is outside its cache.
     """
-    copies: list[Copy] = []
+    parts: list[NDArray[np.int64]] = []
     for group, mine, other in zip(routes, local_blocks, remote_blocks, strict=True):
-        runs = _runs(mine, other)
+        pairs = _pairs(mine, other)
         for route in group:
-            copies.extend(_copies(route, runs))
-    return copies
+            parts.append(_copies(route, *pairs))
+    table = np.concatenate(parts) if parts else np.empty((0, 3), np.int64)
+    return CopyTable(table[np.argsort(table[:, 0], kind="stable")])
 
 
 def describe_heads(layouts: Iterable[RankLayout]) -> list[list[object]]:
@@ -240,30 +246,29 @@ def _span(segment: Segment) -> str:
     return f"{segment.first_head}-{last}" if last > segment.first_head else str(last)
 
 
-def _runs(mine: Sequence[int], other: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Join pairs of blocks into runs `(first local, first remote, length)`."""
+def _pairs(mine: Sequence[int], other: Sequence[int]) -> tuple[Blocks, Blocks]:
+    """Blocks to fill and to read, without placeholders."""
     if len(mine) != len(other):
         raise ValueError(f"{len(mine)} local blocks for {len(other)} remote ones")
-    runs: list[tuple[int, int, int]] = []
-    for near, far in zip(mine, other, strict=True):
-        if NULL_BLOCK in (near, far):
-            continue
-        if runs and near == runs[-1][0] + runs[-1][2] and far == runs[-1][1] + runs[-1][2]:
-            runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + 1)
-        else:
-            runs.append((near, far, 1))
-    return runs
+    near, far = np.array(mine, np.int64), np.array(other, np.int64)
+    real = (near != NULL_BLOCK) & (far != NULL_BLOCK)
+    return near[real], far[real]
 
 
-def _copies(route: Route, runs: Sequence[tuple[int, int, int]]) -> list[Copy]:
-    near, far, pieces = route.local, route.remote, route.pieces
-    touching = all(size == near.block_stride == far.block_stride for _, _, size in pieces)
-    copies: list[Copy] = []
-    for local, remote, length in runs:
-        if local + length > near.num_blocks or remote + length > far.num_blocks or min(local, remote) < 0:
-            raise ValueError(f"blocks {local} and {remote} (+{length}) lie outside the caches")
-        for first, count in [(0, length)] if touching else [(index, 1) for index in range(length)]:
-            here = near.address + (local + first) * near.block_stride
-            there = far.address + (remote + first) * far.block_stride
-            copies.extend([Copy(here + at, there + from_, count * size) for at, from_, size in pieces])
-    return copies
+def _copies(route: Route, mine: Blocks, other: Blocks) -> NDArray[np.int64]:
+    """Rows of `(local, remote, num_bytes)`."""
+    near, far = route.local, route.remote
+    outside = (np.minimum(mine, other) < 0) | (mine >= near.num_blocks) | (other >= far.num_blocks)
+    if outside.any():
+        at = int(np.flatnonzero(outside)[0])
+        raise ValueError(f"blocks {mine[at]} and {other[at]} lie outside the caches")
+    pieces = np.array(route.pieces, np.int64)
+    counts = np.ones(len(mine), np.int64)
+    if len(mine) and (pieces[:, 2] == near.block_stride).all() and near.block_stride == far.block_stride:
+        first = np.flatnonzero(np.concatenate(([True], (np.diff(mine) != 1) | (np.diff(other) != 1))))
+        counts = np.diff(np.append(first, len(mine)))
+        mine, other = mine[first], other[first]
+    here = near.address + mine[:, None] * near.block_stride + pieces[:, 0]
+    there = far.address + other[:, None] * far.block_stride + pieces[:, 1]
+    sizes = counts[:, None] * pieces[:, 2]
+    return np.stack((here.ravel(), there.ravel(), sizes.ravel()), axis=1)

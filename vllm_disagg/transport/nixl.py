@@ -14,11 +14,12 @@ Why a peer has an agent of its own
     of VRAM, has not yet been run.
 
 How a read ends
-    A read goes out in batches, of which `_WINDOW` per peer are under way. A cancelled one sends no more, and usually
-    ends with the batches it had out. If those are still out after `_DRAIN_S`, the link goes, and every read on it. An
-    error of the library costs the link as well. The next read opens a new one, from the same descriptor.
+    A read goes out in batches, of which `_PEER_BYTES` are under way per peer, and all reads of a peer take turns. A
+    cancelled one sends no more, and usually ends with the batches it had out. If those are still out after `_DRAIN_S`,
+    the link goes, and every read on it. An error of the library costs the link as well. The next read opens a new one,
+    from the same descriptor.
 
-    The window is not only for short cancels. UCX 1.23 emulates reads on TCP and on shared memory without CMA, and its
+    The bound is not only for short cancels. UCX 1.23 emulates reads on TCP and on shared memory without CMA, and its
     answering side aborts the whole process ("unexpected error: Endpoint timeout") when it finds the reader gone while
     it still has requests of it to answer. Ending reads by draining them keeps a living peer from that; a peer that was
     frozen for longer than the drain, or a reader that was killed, can still run into it.
@@ -40,7 +41,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, islice
 from typing import Any, Literal
 
 import msgspec
@@ -61,16 +62,21 @@ from vllm_disagg.transport.base import (
 from vllm_disagg.transport.patience import Patience
 from vllm_disagg.transport.regions import Addresses, RegionTable, Runs, batches, plan_copies
 from vllm_disagg.transport.site import Site, can_read, foresee, here
+from vllm_disagg.transport.turns import turns
 
 logger = logging.getLogger(__name__)
 
 VERSION = 2
 """Of the descriptor. 1: the first. 2: where the owner stands."""
 
-_BATCH_BYTES = 16 << 20
-_BATCH_COPIES = 1024
-_WINDOW = 4
-"""Batches under way per peer, and the most that one `poll` starts: 64 MiB."""
+_BATCH_BYTES = 32 << 20
+_BATCH_COPIES = 4096
+_PEER_BYTES = 2 * _BATCH_BYTES
+_ALL_BYTES = 2 * _PEER_BYTES
+"""The most bytes under way for one peer and for all, and the most that one `poll` starts."""
+
+_MOST_TURNS = 16
+"""Batches of one read that are looked at in one `poll`."""
 
 _DRAIN_S = CANCEL_BOUND_S / 2
 """How long batches of a cancelled read may take before their link is destroyed, while this process is running."""
@@ -120,6 +126,7 @@ class NixlTransport:
         self._peers: dict[PeerName, _Peer] = {}
         self._ended: list[Outcome] = []
         self._link_numbers = count()
+        self._turn_numbers = count(1)
         self._undead: list[tuple[_Link, list[_Read]]] = []
 
     def register(self, regions: Sequence[Region]) -> bytes:
@@ -162,7 +169,7 @@ class NixlTransport:
         runs = plan_copies(copies, ours=self._regions, theirs=known.regions, max_bytes=_BATCH_BYTES)
         read = _Read(
             waiting=deque(batches(runs, max_bytes=_BATCH_BYTES, max_copies=_BATCH_COPIES)),
-            num_bytes=int(runs.num_bytes.sum()),
+            num_bytes=runs.total,
             num_descriptors=len(runs),
             started_s=self._clock(),
         )
@@ -192,9 +199,11 @@ class NixlTransport:
         return self._foresee(self._decode(descriptor))
 
     def poll(self) -> Sequence[Outcome]:
-        for peer in self._peers.values():
-            if peer.reads:
-                self._drive(peer)
+        busy = [peer for peer in self._peers.values() if peer.reads]
+        for peer in busy:
+            self._drive(peer)
+        if busy:
+            self._start_batches([peer for peer in busy if peer.reads])
         ended, self._ended = self._ended, []
         return ended
 
@@ -250,40 +259,63 @@ class NixlTransport:
         if peer.link is None and (error := self._try_open(peer)):
             self._drop(peer, error)
             return
-        if error := self._advance(peer):
+        if error := self._collect(peer):
             self._drop(peer, error)
             return
-        for read in [read for read in peer.reads if read.is_over]:
-            peer.reads.remove(read)
-            self._end(read, "cancelled" if read.waiting else "done")
+        self._end_reads(peer)
         if any(read.drain is not None and read.drain.is_over() for read in peer.reads):
             self._drop(peer, f"the peer did not answer within {_DRAIN_S} s of a cancel")
 
-    def _advance(self, peer: _Peer) -> str:
-        """Collect and start batches. Returns what went wrong, as text: the exception holds frames that hold the agent,
-        and must be gone before the link is destroyed."""
+    def _end_reads(self, peer: _Peer) -> None:
+        for read in [read for read in peer.reads if read.is_over]:
+            peer.reads.remove(read)
+            self._end(read, "cancelled" if read.waiting else "done")
+
+    def _collect(self, peer: _Peer) -> str:
+        """Take note of batches that have ended. Returns what went wrong, as text: the exception holds frames that hold
+        the agent, and must be gone before the link is destroyed."""
         assert peer.link is not None
         try:
             for read in peer.link.collect():
                 read.num_under_way -= 1
-            self._start_batches(peer, peer.link)
         except TransportError as error:
             return str(error)
         return ""
 
-    def _start_batches(self, peer: _Peer, link: _Link) -> None:
-        budget = _WINDOW
-        for read in peer.reads:
-            while read.waiting and read.drain is None:
-                if budget == 0 or link.num_under_way >= _WINDOW:
-                    return
-                budget -= 1
-                was_up = link.is_up
-                under_way = link.start(read, read.waiting[0])
-                read.num_under_way += under_way
-                peer.num_later += was_up and under_way
-                peer.num_in_call += was_up and not under_way
-                read.waiting.popleft()
+    def _start_batches(self, peers: list[_Peer]) -> None:
+        """Start what may be under way, and put whoever was served behind the others."""
+        peers.sort(key=lambda peer: peer.served)
+        reads = [list(peer.reads) for peer in peers]
+        sizes = [
+            [[] if read.drain else [batch.total for batch in islice(read.waiting, _MOST_TURNS)] for read in of_peer]
+            for of_peer in reads
+        ]
+        under_way = [peer.link.bytes_under_way if peer.link else 0 for peer in peers]
+        for index, number in turns(sizes, under_way, per_peer=_PEER_BYTES, in_all=_ALL_BYTES):
+            peer, read = peers[index], reads[index][number]
+            if peer.link is None:  # an earlier batch of this round has failed
+                continue
+            if error := self._start(peer, peer.link, read):
+                self._drop(peer, error)
+                continue
+            peer.served = next(self._turn_numbers)
+            peer.reads.remove(read)
+            peer.reads.append(read)
+        for peer in peers:
+            self._end_reads(peer)
+
+    def _start(self, peer: _Peer, link: _Link, read: _Read) -> str:
+        """Start a read's next batch. Returns what went wrong, as text, like `_collect`."""
+        was_up = link.is_up
+        try:
+            under_way = link.start(read, read.waiting[0])
+        except TransportError as error:
+            return str(error)
+        read.waiting.popleft()
+        read.num_under_way += under_way
+        peer.num_later += was_up and under_way
+        peer.num_in_call += was_up and not under_way
+        return ""
 
     def _drop(self, peer: _Peer, error: str) -> None:
         """Destroy the peer's link, and only then end its reads: from here on nothing writes to their memory."""
@@ -343,6 +375,7 @@ class _Peer:
     """A connected peer. Its link comes and goes, it stays.
 
     Attributes:
+        served: when one of its batches was last started, in turns of all peers.
         num_in_call: batches, on a connection that was up, that were done when the call that began them returned.
         num_later: those that took longer.
     """
@@ -350,6 +383,7 @@ class _Peer:
     descriptor: bytes
     offer: _Descriptor
     regions: RegionTable
+    served: int = 0
     num_in_call: int = 0
     num_later: int = 0
     link: _Link | None = None
@@ -405,7 +439,7 @@ class _Link:
     def __init__(self, name: str, memory: MemoryKind, regions: RegionTable, offer: _Descriptor) -> None:
         self._agent = _Agent(name, memory, regions)
         self._peer, self._peer_memory = offer.agent_name, offer.memory
-        self._under_way: list[tuple[_Read, Any]] = []
+        self._under_way: list[tuple[_Read, int, Any]] = []
         self.is_up = False
         try:
             found = self._agent.nixl.add_remote_agent(offer.metadata)
@@ -421,8 +455,8 @@ class _Link:
         return self._peer
 
     @property
-    def num_under_way(self) -> int:
-        return len(self._under_way)
+    def bytes_under_way(self) -> int:
+        return sum(num_bytes for _, num_bytes, _ in self._under_way)
 
     def start(self, read: _Read, batch: Runs) -> int:
         """Start a batch. Returns how many more are under way: none if it is done already.
@@ -438,7 +472,7 @@ class _Link:
                 nixl.get_xfer_descs(_table(batch.remote, batch.num_bytes, batch.remote_device), self._peer_memory),
                 self._peer,
             )
-            self._under_way.append((read, handle))  # before it starts, so that `destroy` knows it
+            self._under_way.append((read, batch.total, handle))  # before it starts, so that `destroy` knows it
             state = nixl.transfer(handle)
             if state == "DONE":
                 self.is_up = True
@@ -458,13 +492,13 @@ class _Link:
         """
         ended, still = [], []
         try:
-            for read, handle in self._under_way:
+            for read, num_bytes, handle in self._under_way:
                 match self._agent.nixl.check_xfer_state(handle):
                     case "DONE":
                         handle.release()
                         ended.append(read)
                     case "PROC":
-                        still.append((read, handle))
+                        still.append((read, num_bytes, handle))
                     case _:
                         raise TransportError(f"read from {self._peer!r} failed")
         except TransportError:
@@ -478,7 +512,7 @@ class _Link:
     def destroy(self) -> None:
         """End all batches and the connection. Nothing is written to local memory afterwards."""
         while self._under_way:
-            _, handle = self._under_way.pop()
+            _, _, handle = self._under_way.pop()
             try:
                 handle.release()  # a handle holds the agent, so this must go first; it does not end the read
             except Exception as error:

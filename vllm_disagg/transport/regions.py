@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +57,34 @@ class RegionTable:
         return index
 
 
+class CopyTable(Sequence[Copy]):
+    """Copies as rows of `(local, remote, num_bytes)`: tens of thousands of them cost no object each.
+
+    Args:
+        rows: `[num_copies, 3]`.
+    """
+
+    __slots__ = ("rows",)
+
+    def __init__(self, rows: NDArray[np.int64]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Copy: ...
+    @overload
+    def __getitem__(self, index: slice) -> CopyTable: ...
+    def __getitem__(self, index: int | slice) -> Copy | CopyTable:
+        if isinstance(index, slice):
+            return CopyTable(self.rows[index])
+        return Copy(*self.rows[index].tolist())
+
+    def __iter__(self) -> Iterator[Copy]:
+        return (Copy(*row) for row in self.rows.tolist())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runs:
     """Copies of one read as parallel arrays."""
@@ -68,6 +97,11 @@ class Runs:
 
     def __len__(self) -> int:
         return len(self.local)
+
+    @property
+    def total(self) -> int:
+        """Bytes of all of them."""
+        return int(self.num_bytes.sum())
 
     def part(self, begin: int, end: int) -> Runs:
         """The copies from `begin` up to, not including, `end`."""
@@ -124,10 +158,13 @@ def batches(runs: Runs, *, max_bytes: int, max_copies: int) -> list[Runs]:
 def _columns(copies: Sequence[Copy]) -> tuple[Addresses, Addresses, Addresses]:
     if not copies:
         raise TransportError("a read needs at least one copy")
-    try:
-        table = np.array([(copy.local, copy.remote, copy.num_bytes) for copy in copies], np.int64)
-    except OverflowError:
-        raise TransportError("a copy of the read lies outside the address space") from None
+    if isinstance(copies, CopyTable):
+        table = copies.rows
+    else:
+        try:
+            table = np.array([(copy.local, copy.remote, copy.num_bytes) for copy in copies], np.int64)
+        except OverflowError:
+            raise TransportError("a copy of the read lies outside the address space") from None
     if table.min() < 0 or table[:, 2].min() == 0:
         raise TransportError("a copy of the read is empty or has a negative address or length")
     local, remote, num_bytes = table.astype(np.uint64).T
