@@ -130,6 +130,35 @@ def test_a_name_that_is_in_use_cannot_be_taken(pair: Pair) -> None:
     assert pair.failures() == {}
 
 
+def test_a_request_that_never_reached_the_engine_gives_its_kv_back_and_is_no_failure(pair: Pair) -> None:
+    """vLLM's API server tells connectors of it by a request with one made-up token, which it aborts at once."""
+    params = pair.prefilled(TOKENS)
+    pair.decode.abort(pair.decode.add([0], params, max_tokens=1))
+
+    pair.prefill.run_until(lambda: pair.prefill.scheduler.connector.num_outstanding == 0, "the release")
+    assert pair.failures() == {}
+    pair.decode_rightly(TOKENS, params)
+    assert pair.failures() == {"invalid_handoff": 1}, "it was given back"
+
+
+def test_the_same_notice_after_the_request_has_begun_changes_nothing(pair: Pair) -> None:
+    params = pair.prefilled(TOKENS)
+    request_id = pair.decode.add(TOKENS, params, max_tokens=4)
+    pair.decode.abort(pair.decode.add([0], params, max_tokens=1))
+
+    pair.decode.run_until_finished(request_id)
+    assert pair.received() == len(TOKENS)
+
+
+def test_a_forged_notice_gives_nothing_back(pair: Pair) -> None:
+    params = pair.prefilled(TOKENS)
+    forged = seal(signed(pair, params), bytes(32))
+    pair.decode.abort(pair.decode.add([0], {**params, "handoff": forged}, max_tokens=1))
+
+    pair.decode_rightly(TOKENS, params)
+    assert pair.failures() == {}
+
+
 def test_a_proof_is_what_keeps_anothers_bytes_out(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same late read, believed without the proof, brings another prompt's bytes: the tests above can fail."""
     params = pair.prefilled(TOKENS)

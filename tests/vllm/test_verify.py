@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from tests.vllm.in_process import BLOCK_SIZE, NUM_HEADS, NUM_LAYERS, Pair, prompt
+from vllm.sampling_params import SamplingParams
+
+from tests.vllm.emulated import Split, emulated
+from tests.vllm.in_process import BLOCK_SIZE, NUM_HEADS, NUM_LAYERS, Pair, free_port, prompt
 from vllm_disagg.core.handoff import unseal
 from vllm_disagg.core.verify import chosen
+from vllm_disagg.emulation.settings import FAULTS_ENV
 from vllm_disagg.testing.leaks import assert_no_leaks
 
 pytestmark = pytest.mark.vllm
@@ -158,3 +163,28 @@ def test_two_pairs_of_blocks_are_chosen_alike_on_both_sides() -> None:
     assert whole[-1] == 999
     assert 30 < len(whole) < 100
     assert chosen("sample", "another", 1000) != whole
+
+
+@pytest.mark.parametrize("kind", ["corrupt_read", "drop_block", "late_block"])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
+def test_what_goes_wrong_on_the_way_changes_no_token(
+    kind: str, tp: int, pp: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The faults that nothing else notices (`test_emulated_split`), on engines whose tokens depend on every byte."""
+    fault = {"kind": kind, "every": 3} | ({"seconds": 3600} if kind == "late_block" else {})
+    (tmp_path / "faults.json").write_text(json.dumps({"faults": [fault]}), encoding="utf-8")
+    monkeypatch.setenv(FAULTS_ENV, str(tmp_path / "faults.json"))
+    parallel = ["--tensor-parallel-size", str(tp), "--pipeline-parallel-size", str(pp)]
+    whole, split = emulated(), Split(tmp_path, free_port(), [*parallel, "--kv-verify", "full"])
+    greedy = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+
+    for number in range(1, 13):  # one after the other: reads are counted in the order of their beginning
+        tokens = [4300 + number] * (20 + 9 * number)
+        (answer,) = split.answers([tokens], [greedy])
+        assert answer.tokens == whole.answer(tokens, greedy).tokens
+
+    local = sum(count > 1 for decision in split.decode.decisions for _, count in decision.tokens)
+    assert local == 4
+    for engine in (split, whole):
+        engine.settle()
+        engine.stop()

@@ -19,7 +19,7 @@ from vllm_disagg.connector.messages import BeginRead
 from vllm_disagg.connector.peers import CONNECT_TIMEOUT_S, HELLO_TIMEOUT_S
 from vllm_disagg.connector.pull import Cause, Drained, Settled
 from vllm_disagg.connector.recent import RecentIds
-from vllm_disagg.connector.request_facts import kv_params, prompt_salt, was_aborted
+from vllm_disagg.connector.request_facts import is_rejection_notice, kv_params, prompt_salt, was_aborted
 from vllm_disagg.connector.reserve import Reserve
 from vllm_disagg.connector.stats import TransferStats
 from vllm_disagg.connector.tally import Tally
@@ -180,6 +180,9 @@ class DecodeSide:
         try:
             handoff = self._accept(request, params.get("handoff"))
         except InvalidHandoff as refusal:
+            if is_rejection_notice(request):
+                self._let_go(params.get("handoff"))
+                return
             logger.warning("handoff.refused request=%s reason=%s", request.request_id, refusal)
             self._lives.begin("refused")
             self._count_failure(refusal.cause, request.num_prompt_tokens)
@@ -395,6 +398,17 @@ class DecodeSide:
                 break
             number += 1
         return number
+
+    def _let_go(self, text: object) -> None:
+        """A request with this handoff never reached the engine, or has just left it: give its KV back, unless it was
+        here, when its own end does that."""
+        try:
+            handoff = unseal(text, self._key)
+        except InvalidHandoff:
+            return
+        if self._used.add(handoff.transfer_id, now_s=time.monotonic()):
+            self._control.announce(handoff)
+            self._control.forget(handoff.transfer_id)
 
     def _adopt_arrived(self) -> None:
         for request_id in list(self._arrived):

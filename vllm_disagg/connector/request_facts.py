@@ -41,3 +41,9 @@ def was_aborted(request: Request) -> bool:
     from vllm.v1.request import RequestStatus
 
     return bool(request.status == RequestStatus.FINISHED_ABORTED)
+
+
+def is_rejection_notice(request: Request) -> bool:
+    """Whether this may be no request: with one made-up token vLLM's API server tells connectors of a request that it
+    has refused, or whose client has left it (`AsyncLLM.notify_kv_transfer_request_rejected`), and aborts it at once."""
+    return bool(request.prompt_token_ids == [0] and request.max_tokens == 1)
