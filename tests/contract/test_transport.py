@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vllm_disagg.errors import ConfigError, TransportError
-from vllm_disagg.testing.check_transport import CHECKS, Check, Memory, finish, rig, run_until, states, whole
+from vllm_disagg.testing.check_transport import CHECKS, Check, Memory, Open, finish, rig, run_until, states, whole
 from vllm_disagg.transport import auto, nixl, open_transport
 from vllm_disagg.transport.base import CANCEL_BOUND_S, Copy, Region, Transport
 from vllm_disagg.transport.loopback import LoopbackTransport
@@ -151,8 +151,9 @@ def test_bytes_move_only_while_somebody_polls() -> None:
         assert reader.memory.data.any()
 
 
-def test_a_small_read_is_not_stuck_behind_a_huge_one() -> None:
-    with rig(open_nixl) as made:
+@pytest.mark.parametrize("open_one", [open_nixl, open_nccl])
+def test_a_small_read_is_not_stuck_behind_a_huge_one(open_one: Open) -> None:
+    with rig(open_one) as made:
         reader, owner, peer = made.pair(160 << 20)
         huge = reader.transport.read(peer, whole(reader, owner))
         small = reader.transport.read(peer, [Copy(reader.memory.address, owner.memory.address, 4096)])

@@ -67,17 +67,17 @@ class _Asked:
 
 @dataclass(slots=True)
 class _Shared:
-    """What the two threads hand each other, under `lock`."""
+    """What the two threads hand each other, under `lock`. Each read waits with its own chunks, and they take turns."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    waiting: deque[Chunk] = field(default_factory=deque)
+    waiting: deque[deque[Chunk]] = field(default_factory=deque)
     arrived: deque[tuple[Chunk, Any]] = field(default_factory=deque)
     free: deque[Any] = field(default_factory=deque)
     error: str = ""
 
 
 class Link:
-    """Asks one owner for chunks and receives them, in order.
+    """Asks one owner for chunks and receives them; reads take turns.
 
     Args:
         peer: its name, for logs.
@@ -105,15 +105,15 @@ class Link:
     # Called by the transport's owner.
 
     def submit(self, chunks: list[Chunk]) -> None:
-        """Ask for these, after all others."""
+        """Ask for these, the chunks of one read, in turn with other reads."""
         with self._shared.lock:
-            self._shared.waiting.extend(chunks)
+            self._shared.waiting.append(deque(chunks))
         self._signal.set()
 
     def withdraw(self, read: Any) -> None:
         """Do not ask for what is left of a read."""
         with self._shared.lock:
-            self._shared.waiting = deque(chunk for chunk in self._shared.waiting if chunk.read is not read)
+            self._shared.waiting = deque(chunks for chunks in self._shared.waiting if chunks[0].read is not read)
 
     def take(self) -> list[tuple[Chunk, Any]]:
         """What has arrived since the last call, each with the buffer to `give_back`."""
@@ -237,7 +237,11 @@ class Link:
         with self._shared.lock:
             if not self._shared.waiting or not self._shared.free:
                 return None
-            return self._shared.waiting.popleft(), self._shared.free.popleft()
+            chunks = self._shared.waiting.popleft()
+            chunk = chunks.popleft()
+            if chunks:
+                self._shared.waiting.append(chunks)
+            return chunk, self._shared.free.popleft()
 
     def _receive(self, wire: Wire, sent: Sent) -> None:
         if not self._asked:
