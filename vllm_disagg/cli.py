@@ -14,7 +14,7 @@ from vllm_disagg.config import ProxySettings, help_of
 from vllm_disagg.doctor.settings import DoctorSettings
 from vllm_disagg.errors import DisaggError, LaunchError
 from vllm_disagg.launcher.settings import UpSettings
-from vllm_disagg.plan_settings import PlanSettings, SimulateSettings
+from vllm_disagg.plan_settings import DiagnoseSettings, PlanSettings, SimulateSettings
 
 EXIT_LAUNCH, EXIT_USAGE = 1, 2
 
@@ -123,6 +123,19 @@ def simulate(**options: Any) -> None:
     from vllm_disagg.plan_command import run_simulate
 
     click.echo("\n".join(run_simulate(SimulateSettings(**options))))
+
+
+@cli.command()
+@click.argument("urls", nargs=-1)
+@settings_options(DiagnoseSettings, "window_s", "interval_s")
+def diagnose(**options: Any) -> None:
+    """Watch running vLLM engines, colocated or not, at URLS and say which phase presses and what to look at first.
+
+    Reads /metrics only; nothing is installed in them.
+    """
+    from vllm_disagg.diagnose_command import run_diagnose
+
+    run_diagnose(DiagnoseSettings(**options), click.echo)
 
 
 @cli.command()

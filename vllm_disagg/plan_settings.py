@@ -1,4 +1,4 @@
-"""Settings of `vllm-disagg plan` and `vllm-disagg simulate`. Light, so that `--help` answers at once."""
+"""Settings of `vllm-disagg plan`, `simulate` and `diagnose`. Light, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -80,3 +80,12 @@ class SimulateSettings:
         None, "Write what happened in the run at the first rate as a trace that ui.perfetto.dev opens."
     )
     timeline_window: str = setting("0,60", "Which part of it: FROM,TO in seconds.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiagnoseSettings:
+    """Which engines to watch."""
+
+    urls: tuple[str, ...] = setting((), "URL of a running vLLM API server. May be given several times.")
+    window_s: float = setting(60.0, "How long to watch, seconds.")
+    interval_s: float = setting(1.0, "Between two looks at what is running, waiting and in the KV cache, seconds.")

@@ -41,6 +41,7 @@ LIGHT = (
     "vllm_disagg.planner.plan",
     "vllm_disagg.planner.drift",
     "vllm_disagg.planner.fit",
+    "vllm_disagg.diagnose_command",
     "vllm_disagg.plan_command",
     "vllm_disagg.proxy",
     "vllm_disagg.proxy.app",

@@ -1,8 +1,8 @@
 """What happened in a simulated run, for eyes: a trace in Chrome's JSON format, which ui.perfetto.dev opens.
 
 Each instance is a process with a row per pipeline stage that its steps may occupy at once, a row for transfers into it
-and a counter of its KV blocks. Requests are a process of their own, a row for each that is under way, with the phases of
-its first token.
+and a counter of its KV blocks. Requests are a process of their own, a row for each that is under way, with the phases
+of its first token.
 """
 
 from __future__ import annotations
