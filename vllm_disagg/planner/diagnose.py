@@ -231,8 +231,8 @@ def _prefixes(window: Window) -> list[Finding]:
     return [
         Finding(
             name="prefix_reuse", phase="prefill",
-            said=f"prompts of {prompt:.0f} tokens for answers of {output:.0f}, and {hits / asked:.0%} of their tokens were "
-            "found in the prefix cache",
+            said=f"prompts of {prompt:.0f} tokens for answers of {output:.0f}, and {hits / asked:.0%} of their tokens "
+            "were found in the prefix cache",
             look_at="whether they are turns of conversations: then send a conversation to the same instance, put what "
             "repeats first in the prompt, and give the cache room",
             splitting="moves this work to other devices; reuse would remove it",
