@@ -76,8 +76,8 @@ def test_a_small_rate_needs_no_second_instance() -> None:
     plan = make_plan(tight_tpot(rate=0.05))
 
     assert plan.gain is not None and plan.gain.ratio > 1.2
-    assert plan.choice == "colocated" and plan.chosen.price == 2.0
-    assert plan.verdict.startswith("stay colocated: 1 x colocated TP2") and "costs 3" in plan.verdict
+    assert plan.choice == "colocated" and plan.chosen.price == 1.0
+    assert plan.verdict.startswith("stay colocated: 1 x colocated TP1 PP1") and "costs 3" in plan.verdict
 
 
 def test_a_rate_that_the_cluster_cannot_serve_says_what_it_can() -> None:

@@ -173,9 +173,12 @@ def best_colocated(question: Question, mapper: Mapper = map) -> list[Score]:
     """Plain instances with chunked prefill, each shape with each token budget.
 
     Returns:
-        The best, best first, quickly measured.
+        The best, best first, quickly measured. With a rate all that meet the targets: the cheapest that serves it need
+        not be among those with the most goodput per price.
     """
-    return _search(question, list(colocated(question.resources)), "colocated", question.effort.finalists, mapper)
+    candidates = list(colocated(question.resources))
+    keep = question.effort.finalists if question.rate is None else len(candidates)
+    return _search(question, candidates, "colocated", keep, mapper)
 
 
 def measure(question: Question, scores: Sequence[Score], mapper: Mapper = map) -> list[Score]:

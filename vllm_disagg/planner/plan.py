@@ -96,12 +96,12 @@ def make_plan(question: Question, mapper: Mapper = map) -> Plan:
     require_shapes(question)
     found = [*algorithm_1(question, mapper), *algorithm_2(question, mapper)]
     split = sorted(_distinct(found), key=lambda score: score.rank)[: question.effort.finalists]
-    plain = best_colocated(question, mapper)[: max(1, question.effort.finalists // 2)]
+    every_plain = best_colocated(question, mapper)
+    plain = every_plain[: max(1, question.effort.finalists // 2)]
     if not split and not plain:
         raise NoFeasiblePlacement(_infeasible(question))
     grown = _as_large(plain, split)
-    # A small rate may not need as many of them.
-    alone = [score for score in plain if question.rate is not None and score.candidate not in _candidates(grown)]
+    alone = _alone(question, every_plain, grown)
     ranking = measure(question, [*split, *grown, *alone], mapper)
     ranking = [score for score in ranking if score.goodput.mean > 0]
     if not ranking:
@@ -294,8 +294,14 @@ def _for_rate(question: Question, kind: Choice, ranking: Sequence[Score]) -> Sco
     return replace(score, candidate=score.candidate.times(factor), price=price, goodput=goodput)
 
 
-def _candidates(scores: Sequence[Score]) -> set[Candidate]:
-    return {score.candidate for score in scores}
+def _alone(question: Question, plain: Sequence[Score], grown: Sequence[Score]) -> list[Score]:
+    """With a rate the cheapest single instances that serve it by a short run, a few of them since that may err: a small
+    rate needs no more."""
+    if question.rate is None:
+        return []
+    known = {score.candidate for score in grown}
+    able = [score for score in plain if score.goodput.mean >= question.rate and score.candidate not in known]
+    return sorted(able, key=lambda score: (score.price, score.rank))[: max(1, question.effort.finalists // 2)]
 
 
 def _verdict_at_rate(choice: Choice, chosen: Score, dearer: Score, question: Question, kind: Kind) -> str:
