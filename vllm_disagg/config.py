@@ -18,6 +18,8 @@ TransportName = Literal["auto", "nixl", "nccl", "loopback"]
 TransportChoice = TransportName
 
 VerifyMode = Literal["off", "sample", "full"]
+Scheduling = Literal["phase", "vllm"]
+PrefillOrder = Literal["fcfs", "sjf", "edf"]
 
 _WILDCARDS = ("", "*", "0.0.0.0")  # noqa: S104 - refused
 
@@ -70,6 +72,39 @@ class EngineSettings:
         "Compare the content of KV blocks after their transfer: full compares all, sample about one in sixteen and "
         "each prompt's last, off none. A difference is a failed transfer. Set on prefill; the handoff tells decode.",
     )
+    scheduling: Scheduling = setting(
+        "phase",
+        "How requests are scheduled: phase packs whole prompts on prefill, and on decode keeps the streams' pace and "
+        "admits by expected growth; vllm leaves all of it to vLLM.",
+    )
+    prefill_order: PrefillOrder = setting(
+        "fcfs",
+        "Order of waiting prompts on prefill: fcfs as they came, sjf short ones first (with ageing), edf by the time "
+        "their first token is due.",
+    )
+    batch_tokens: int = setting(
+        0, "L_m: prompt tokens that prefill computes in one step. 0: from --kv-profile, or learned from its steps."
+    )
+    held_share: float = setting(
+        0.9, "Share of the KV cache that prefill may hold for decode before it stops to admit prompts."
+    )
+    patience_s: float = setting(
+        30.0, "Seconds after which a waiting prompt goes before all that came later, whatever the order."
+    )
+    slo_ttft_s: float = setting(2.0, "Target for the time to first token of requests that name none.")
+    slo_tpot_s: float = setting(
+        0.1,
+        "Target for the time per output token of requests that name none. Decode computes prompts only as fast as "
+        "it allows.",
+    )
+    profile: str | None = setting(
+        None,
+        "Step times of the model on this device: a built-in profile or a file. Steps that are measured correct it. "
+        "Without it they are learned, and kept for the next start.",
+    )
+    step_log: str | None = setting(
+        None, "File to which each step's composition and time are appended, a JSON line each."
+    )
     key_file: str | None = setting(
         None,
         "File with the deployment key, the same on all engines of a deployment. "
@@ -82,6 +117,14 @@ class EngineSettings:
         _one_of("kv verify", self.verify, get_args(VerifyMode))
         _positive("kv lease", self.lease_s)
         _positive("kv pull timeout", self.pull_timeout_s)
+        _one_of("kv scheduling", self.scheduling, get_args(Scheduling))
+        _one_of("kv prefill order", self.prefill_order, get_args(PrefillOrder))
+        for name in ("patience_s", "slo_ttft_s", "slo_tpot_s"):
+            _positive(f"kv {name}", getattr(self, name))
+        if self.batch_tokens < 0:
+            raise ConfigError(f"kv batch tokens must be 0 or a positive number, not {self.batch_tokens!r}")
+        if not 0 < self.held_share <= 1:
+            raise ConfigError(f"kv held share must be above 0 and at most 1, not {self.held_share!r}")
         _port("kv control port", self.control_port)
         if self.control_host in _WILDCARDS or ":" in self.control_host:
             raise ConfigError(

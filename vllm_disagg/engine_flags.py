@@ -13,7 +13,15 @@ import socket
 from argparse import ArgumentParser, Namespace
 from typing import Any, get_args
 
-from vllm_disagg.config import ROLES, EngineSettings, VerifyMode, default_of, help_of
+from vllm_disagg.config import (
+    ROLES,
+    EngineSettings,
+    PrefillOrder,
+    Scheduling,
+    VerifyMode,
+    default_of,
+    help_of,
+)
 from vllm_disagg.connector.support import UNSUPPORTED_EXECUTORS
 from vllm_disagg.core.keys import load_key
 from vllm_disagg.emulation import flags as emulation
@@ -25,14 +33,23 @@ _ROLE_HELP = (
     "Make this instance one half of a split deployment: `prefill` computes prompts and keeps their KV for a decode "
     "instance, `decode` fetches KV and generates. Put `vllm-disagg proxy` in front of both."
 )
-_FLAGS: dict[str, tuple[str, type | None]] = {
-    "transport": ("--kv-transport", None),
+_FLAGS: dict[str, tuple[str, type | tuple[str, ...]]] = {
+    "transport": ("--kv-transport", ("auto", "nixl", "nccl")),  # `loopback` stays inside one process: for tests
     "control_host": ("--kv-control-host", str),
     "control_port": ("--kv-control-port", int),
     "lease_s": ("--kv-lease-s", float),
     "pull_timeout_s": ("--kv-pull-timeout-s", float),
     "early_reads": ("--kv-early-reads", bool),
-    "verify": ("--kv-verify", None),
+    "verify": ("--kv-verify", get_args(VerifyMode)),
+    "scheduling": ("--kv-scheduling", get_args(Scheduling)),
+    "prefill_order": ("--kv-prefill-order", get_args(PrefillOrder)),
+    "batch_tokens": ("--kv-batch-tokens", int),
+    "held_share": ("--kv-held-share", float),
+    "patience_s": ("--kv-patience-s", float),
+    "slo_ttft_s": ("--kv-slo-ttft-s", float),
+    "slo_tpot_s": ("--kv-slo-tpot-s", float),
+    "profile": ("--kv-profile", str),
+    "step_log": ("--kv-step-log", str),
     "key_file": ("--kv-key-file", str),
 }
 _CONFLICTS: dict[str, str] = {
@@ -45,9 +62,6 @@ _CONFLICTS: dict[str, str] = {
 }
 """Fields that mean something else than `--kv-role` does, and their flags."""
 
-_CHOICES: dict[str, tuple[str, ...]] = {"transport": ("auto", "nixl", "nccl"), "verify": get_args(VerifyMode)}
-"""What the flags without a type accept. The transport `loopback` stays inside one process: for tests."""
-
 
 def add_flags(parser: ArgumentParser) -> ArgumentParser:
     """Add our group to a parser that has vLLM's engine arguments, and read it back after each parse."""
@@ -58,8 +72,8 @@ def add_flags(parser: ArgumentParser) -> ArgumentParser:
     for name, (flag, kind) in _FLAGS.items():
         default = default_of(EngineSettings, name)
         text = help_of(EngineSettings, name) + ("" if default is None else f" (default: {default})")
-        if kind is None:
-            group.add_argument(flag, choices=list(_CHOICES[name]), default=argparse.SUPPRESS, help=text)
+        if isinstance(kind, tuple):
+            group.add_argument(flag, choices=list(kind), default=argparse.SUPPRESS, help=text)
         elif kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:

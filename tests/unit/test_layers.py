@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "planner": {"errors", "core", "profiles", "sim"},
     "transport": {"errors", "config", "core"},
     "connector": {"errors", "config", "core", "transport"},
-    "scheduler": {"errors", "config", "core", "connector", "seams"},
+    "scheduler": {"errors", "config", "folders", "core", "profiles", "connector", "seams"},
     "proxy": {"errors", "config", "core"},
     "launcher": {"errors", "config", "folders", "core", "profiles"},
     "emulation": {"errors", "config", "folders", "core", "profiles", "transport", "connector"},

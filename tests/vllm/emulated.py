@@ -122,7 +122,7 @@ class Engine:
         sampling = sampling.clone()
         sampling.output_kind = RequestOutputKind.DELTA
         if kv_params is not None:
-            sampling.extra_args = {"kv_transfer_params": kv_params}
+            sampling.extra_args = {**(sampling.extra_args or {}), "kv_transfer_params": kv_params}
         name = name or f"request-{next(_numbers)}"
         prompt = tokens_input(list(token_ids))
         request = self.inputs.process_inputs(name, prompt, sampling, ("generate",), arrival_time=0.0, priority=priority)
@@ -289,12 +289,20 @@ class Split:
         port: of prefill's control channel.
         flags: of both engines.
         decode_flags: of the decode engine alone.
+        prefill_flags: of the prefill engine alone.
     """
 
-    def __init__(self, folder: Path, port: int, flags: Sequence[str] = (), decode_flags: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        port: int,
+        flags: Sequence[str] = (),
+        decode_flags: Sequence[str] = (),
+        prefill_flags: Sequence[str] = (),
+    ) -> None:
         create_key_file(folder / "key")
         shared = [*flags, "--kv-key-file", str(folder / "key"), "--kv-control-port", str(port)]
-        self.prefill = emulated(*shared, "--kv-role", "prefill")
+        self.prefill = emulated(*shared, *prefill_flags, "--kv-role", "prefill")
         self.decode = emulated(*shared, *decode_flags, "--kv-role", "decode")
 
     def hand_over(self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]) -> list[str]:

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from vllm_disagg.connector.control_client import DecodeControl
 from vllm_disagg.connector.messages import BeginRead
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
+
+Outlook = Literal["fetch", "here", "unknown", "local"]
+"""Of a waiting request: its KV would be fetched, is here, will show, or is computed here."""
 
 PAIRING_LIMIT_S = HELLO_TIMEOUT_S + CONNECT_TIMEOUT_S + 5.0
 """How long a request may wait for its prefill engine to be connected, whatever the control thread does."""
@@ -221,6 +224,21 @@ class DecodeSide:
             case _:
                 return None, False
 
+    def outlook(self, request: Request) -> Outlook:
+        """What `match` will probably say when the request's turn comes. Changes nothing."""
+        fetch = self._by_request.get(request.request_id)
+        if fetch is not None and fetch.early:
+            return "unknown" if fetch.settled is None else "local" if fetch.refused else "here"
+        if fetch is None or fetch.state is not State.QUEUED_ON_DECODE:
+            return "local"
+        match self._control.readiness(fetch.handoff)[0]:
+            case "ready":
+                return "fetch" if fetch.handoff.num_tokens > 1 else "local"
+            case "failed":
+                return "local"
+            case _:
+                return "unknown"
+
     def on_allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """vLLM has given the request its blocks. With tokens to come from outside it is parked now."""
         fetch = self._by_request.get(request.request_id)
@@ -293,10 +311,10 @@ class DecodeSide:
         fetch.refused = "misplaced"
         return False
 
-    def before_step(self, *, num_running: int) -> None:
+    def before_step(self, *, num_running: int, num_promised: int = 0) -> None:
         """Called at the start of every step, after `take_reports`: keep the reserve as large as it should be."""
         if self._reserve is not None:
-            self._reserve.step(num_running=num_running)
+            self._reserve.step(num_running=num_running, num_promised=num_promised)
 
     def take_reads(self) -> tuple[ReadJob, ...]:
         """The reads that begin with this step."""
@@ -353,6 +371,15 @@ class DecodeSide:
     def num_outstanding(self) -> int:
         """Sets of blocks that will have to be given back."""
         return len(self._draining)
+
+    def num_spare_blocks(self, request: Request) -> int:
+        """Blocks that are not free, and that this request could have: those with its own early KV, and the reserve,
+        which goes back as memory gets short."""
+        if self._reserve is None:
+            return 0
+        fetch = self._by_request.get(request.request_id)
+        own = sum(map(len, fetch.blocks)) if fetch is not None and fetch.early else 0
+        return own + self._reserve.num_blocks
 
     @property
     def num_followed(self) -> int:

@@ -20,7 +20,7 @@ from vllm_disagg.config import EngineSettings
 from vllm_disagg.connector import support
 from vllm_disagg.connector.control_client import DecodeControl
 from vllm_disagg.connector.control_server import PrefillControl
-from vllm_disagg.connector.decode_side import DecodeSide, ReceiveReport
+from vllm_disagg.connector.decode_side import DecodeSide, Outlook, ReceiveReport
 from vllm_disagg.connector.engine_fingerprint import engine_fingerprint
 from vllm_disagg.connector.holds import Holds
 from vllm_disagg.connector.messages import RankInfo
@@ -72,6 +72,7 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
         self._control: PrefillControl | DecodeControl | None = None
         self._door: ProbeDoor | None = None
         self._worker: WorkerSide | None = None
+        self.scheduler_stats = TransferStats()
         support.check_supported(vllm_config, kv_cache_config)
         if role == KVConnectorRole.WORKER:
             self._worker = WorkerSide(
@@ -220,18 +221,19 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
         """Our scheduler tells how to wake an engine that sleeps; without it the engine polls while we wait."""
         self._wake = wake
 
-    def begin_step(self, *, num_running: int = 0) -> list[ReceiveReport]:
+    def begin_step(self, *, num_running: int = 0, num_promised: int = 0) -> list[ReceiveReport]:
         """Our scheduler calls this before each step: give back what is held no more, and tell what has arrived.
 
         Args:
             num_running: requests that this step goes on with.
+            num_promised: blocks that these are expected to grow by.
         """
         if self._prefill is not None:
             self._prefill.give_back()
         if self._decode is None:
             return []
         reports = self._decode.take_reports()
-        self._decode.before_step(num_running=num_running)
+        self._decode.before_step(num_running=num_running, num_promised=num_promised)
         return reports
 
     def on_arrival(self, request: Request) -> None:
@@ -305,6 +307,19 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
         side = self._prefill or self._decode
         return 0 if side is None else side.num_followed
 
+    def outlook(self, request: Request) -> Outlook:
+        """See `DecodeSide.outlook`."""
+        return "local" if self._decode is None else self._decode.outlook(request)
+
+    @property
+    def num_held_blocks(self) -> int:
+        """KV blocks that prefill keeps for decode."""
+        return 0 if self._prefill is None else self._prefill.num_held_blocks
+
+    def num_spare_blocks(self, request: Request) -> int:
+        """KV blocks that this request could have beside the free ones; see `DecodeSide.num_spare_blocks`."""
+        return 0 if self._decode is None else self._decode.num_spare_blocks(request)
+
     def reset_cache(self) -> bool | None:
         """The KV cache is being reset, for new weights perhaps: nothing that is held may be read any more."""
         if self._prefill is not None:
@@ -318,6 +333,8 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
             return None
         stats = TransferStats()
         side.add_stats(stats)
+        stats.aggregate(self.scheduler_stats)
+        self.scheduler_stats.reset()
         if self._control is not None:
             stats.add(self._control.tally)
         return stats

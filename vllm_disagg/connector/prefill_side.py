@@ -137,6 +137,11 @@ class PrefillSide:
         return len(self._holds)
 
     @property
+    def num_held_blocks(self) -> int:
+        """KV blocks that are held."""
+        return self._holds.usage()[1]
+
+    @property
     def num_followed(self) -> int:
         """Holds, and prompts that may become one."""
         return len(self._holds) + len(self._prompts)

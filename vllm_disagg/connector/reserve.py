@@ -24,7 +24,9 @@ _PROMPTS_AHEAD = 2
 _RECENT_PROMPTS = 32
 
 
-def reserve_target(*, num_free: int, num_reserved: int, num_lent: int, longest: int, num_running: int) -> int:
+def reserve_target(
+    *, num_free: int, num_reserved: int, num_lent: int, longest: int, num_running: int, num_promised: int = 0
+) -> int:
     """How many blocks should lie in reserve.
 
     Args:
@@ -33,10 +35,11 @@ def reserve_target(*, num_free: int, num_reserved: int, num_lent: int, longest: 
         num_lent: blocks with early KV that no request has taken over yet.
         longest: blocks of the longest recent prompt.
         num_running: requests whose next step may want a block each.
+        num_promised: blocks that the running requests are expected to grow by.
     """
     if not num_running:
         return 0
-    available = num_free + num_reserved + num_lent - num_running
+    available = num_free + num_reserved + num_lent - max(num_running, num_promised)
     return max(0, min(_PROMPTS_AHEAD * longest, available // _SHARE_OF_FREE - num_lent))
 
 
@@ -98,7 +101,7 @@ class Reserve:
         with self._lock:
             self._closed = True
 
-    def step(self, *, num_running: int) -> None:
+    def step(self, *, num_running: int, num_promised: int = 0) -> None:
         """Before each step: set more aside, or give some back."""
         pool = self._pool
         if pool is None:
@@ -113,12 +116,19 @@ class Reserve:
                 num_lent=self._num_lent,
                 longest=max(self._recent, default=0),
                 num_running=0 if self._closed else num_running,
+                num_promised=num_promised,
             )
             if target > num_reserved:
                 fresh = [block.block_id for block in pool.get_new_blocks(target - num_reserved)]
                 (self._ageing[-1] if self._age else self._usable).extend(fresh)
             surplus = self._withdraw(num_reserved - target)
         pool.free_blocks([pool.blocks[block] for block in surplus])
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in reserve now."""
+        with self._lock:
+            return len(self)
 
     def __len__(self) -> int:
         return len(self._usable) + sum(map(len, self._ageing))

@@ -35,6 +35,9 @@ COUNTERS: dict[str, str] = {
     "vllm_disagg_kv_tokens_received_total": "Prompt tokens whose KV decode received instead of computing it.",
     "vllm_disagg_kv_early_reads_total": "KV transfers that were over before the scheduler looked at their request.",
     "vllm_disagg_kv_late_reads_total": "Reads that ended after prefill had let the blocks go, and were dropped.",
+    "vllm_disagg_sched_preempted_tokens_total": "Tokens whose KV running requests lost, to be computed again.",
+    "vllm_disagg_sched_fetched_ahead_total": "Requests whose KV was fetched while all run slots were taken.",
+    "vllm_disagg_sched_plan_failures_total": "Steps that went in vLLM's order since the plan failed.",
 }
 LABELLED_COUNTERS: dict[str, tuple[str, str]] = {
     "vllm_disagg_kv_failures_total": ("KV transfers that failed; each was recomputed on decode.", "cause"),
@@ -42,6 +45,8 @@ LABELLED_COUNTERS: dict[str, tuple[str, str]] = {
         "Prompt tokens computed on decode for want of their KV.",
         "cause",
     ),
+    "vllm_disagg_sched_waiting_seconds_total": ("Seconds in which steps left requests waiting, by reason.", "reason"),
+    "vllm_disagg_sched_hints_total": ("SLO hints that were not taken as they came.", "outcome"),
     "vllm_disagg_kv_holds_total": ("What happened to the blocks prefill kept for decode.", "event"),
     "vllm_disagg_kv_refused_peers_total": ("Peers refused when they met this engine, by what does not fit.", "factor"),
     "vllm_disagg_kv_pair_transfers_total": ("Confirmed KV transfers from one prefill instance.", "prefill"),
@@ -54,6 +59,7 @@ LABELLED_COUNTERS: dict[str, tuple[str, str]] = {
     ),
 }
 GAUGES: dict[str, str] = {
+    "vllm_disagg_sched_batch_tokens": "Prompt tokens a step may have now: L_m (prefill), beside streams (decode).",
     "vllm_disagg_kv_held_requests": "Requests whose KV prefill keeps for decode.",
     "vllm_disagg_kv_held_blocks": "KV blocks prefill keeps for decode.",
     "vllm_disagg_kv_oldest_hold_seconds": "Age of the oldest of them.",

@@ -1,27 +1,203 @@
-"""The scheduler of a decode instance."""
+"""The scheduler of a decode instance: its streams keep their pace, and whoever is admitted stays."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from vllm_disagg.scheduler.safety import SafetyMixin
+from vllm_disagg.core.latency import work_of
+from vllm_disagg.core.scheduling.growth import OutputLengths, has_room, next_headroom, peak_blocks
+from vllm_disagg.core.scheduling.pace import prompt_tokens_beside
+from vllm_disagg.core.scheduling.victims import Stream, ahead_s, keep_order
+from vllm_disagg.scheduler.planned import BATCH_TOKENS, PlannedMixin
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+FLOOR_TOKENS = 64
+"""Prompt tokens that a step computes in any case, if some wait."""
 
-class DecodeMixin(SafetyMixin):
-    """Learns before each step which requests have their KV (`SafetyMixin.schedule`). Orders as vLLM does."""
+FIRST_TOKENS = 256
+"""Prompt tokens of a step beside streams, while nothing is known of how long they take."""
+
+RECOMPUTED = "vllm_disagg_sched_preempted_tokens_total"
+FETCHED_AHEAD = "vllm_disagg_sched_fetched_ahead_total"
+
+
+class DecodeMixin(PlannedMixin):
+    """Learns before each step which requests have their KV (`SafetyMixin.schedule`), and plans it.
+
+    Where vLLM is held on to: `_reserve_prefill_lookahead`, which it asks for each request how many of its tokens the
+    step may have; `allocate_slots`, through which each admission goes; and the order of `running`, whose last one gives
+    way first.
+    """
+
+    max_num_active_reqs: int
+    num_waiting_for_streaming_input: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._lengths = OutputLengths()
+        self._headroom = 0.0
+        self._num_preempted = 0
+        self._prompt_tokens_left: int | None = None
+        self._fetch_only = False
+        self._holders: dict[str, tuple[int, int]] | None = None
+        self._holding_at_first: list[Request] = []
+        self._short_of_room = False
+        self._max_active: int = self.max_num_active_reqs
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate
+
+    # The plan.
+
+    def plan(self, line: Sequence[Request], now_s: float) -> Sequence[Request]:
+        """See `PlannedMixin.plan`."""
+        reasons = ["kv_growth"] if self._short_of_room else []
+        self._short_of_room = False
+        self._headroom = next_headroom(self._headroom, preempted=self._num_preempted)
+        self._num_preempted = 0
+        self._keep_who_cannot_afford_it(now_s)
+        self._prompt_tokens_left = left = self._budget(now_s)
+        if left is not None:
+            self.stats.gauge(BATCH_TOKENS, left)
+            left -= sum(min(self._rest(item), left) for item in self.running if self._is_prompt(item))
+        if self._slots_are_taken():
+            seen = [item for item in line if self._is_fetch(item)]
+            self._fetch_only = bool(seen)
+            self.waits_for(reasons, now_s)
+            return seen
+        seen, kept = [], False
+        for item in line:
+            if left is None or not self._is_local(item):
+                seen.append(item)
+            elif left > 0:
+                seen.append(item)
+                left -= min(left, item.num_tokens)
+            else:
+                kept = True
+        self.waits_for([*reasons, *(["pace"] if kept else [])], now_s)
+        return seen
+
+    def _forget_plan(self) -> None:
+        self._prompt_tokens_left, self._fetch_only, self._holders = None, False, None
+        # Now: while vLLM walks its queues, those that it has looked at are in none of them.
+        self._holding_at_first = [*self.running, *self.kv_holding_waiting]
+
+    @contextmanager
+    def _planned(self) -> Iterator[None]:
+        with super()._planned():
+            if not self._fetch_only:
+                yield
+                return
+            # Every run slot is taken. KV can be fetched all the same: parked requests do not run. So vLLM is told of
+            # one slot more, and of nobody but those whose KV is to be fetched; `_allocate` sees to it that no other
+            # gets in.
+            slots, ready = self._max_active, list(self.kv_holding_waiting)
+            self.max_num_active_reqs = len(self.running) + self.num_waiting_for_streaming_input + 1
+            self.kv_holding_waiting.clear()
+            try:
+                yield
+            finally:
+                self._fetch_only = False
+                self.max_num_active_reqs = slots
+                parked = list(self.kv_holding_waiting)
+                self.kv_holding_waiting.clear()
+                self.kv_holding_waiting.extend([*ready, *parked])
+                self.stats.count(FETCHED_AHEAD, len(parked))
+
+    def _slots_are_taken(self) -> bool:
+        taken: int = len(self.running) + self.num_waiting_for_streaming_input
+        return taken >= self._max_active
+
+    def _is_fetch(self, request: Request) -> bool:
+        """Whether it would be parked until its KV has come."""
+        if request.num_computed_tokens or request.skip_reading_prefix_cache or self._is_blocked(request):
+            return False
+        return bool(self.connector.outlook(request) == "fetch")
+
+    def _is_local(self, request: Request) -> bool:
+        """Whether its prompt, or all of its tokens after a preemption, will be computed here."""
+        if request.num_computed_tokens or self._is_blocked(request):
+            return False
+        return bool(self.connector.outlook(request) == "local")
+
+    def _is_blocked(self, request: Request) -> bool:
+        return bool(self._is_blocked_waiting_status(request.status))
+
+    # Pace: how much of prompts a step may have beside streams.
+
+    def _budget(self, now_s: float) -> int | None:
+        """Prompt tokens that this step may have; None for as many as vLLM likes."""
+        if not self.scheduler_config.enable_chunked_prefill:
+            return None
+        streams: list[tuple[int, int]] = []
+        target_s = self.settings.slo_tpot_s
+        for request in self.running:
+            if self._is_prompt(request):
+                continue
+            facts = self.facts_of(request)
+            if facts.first_s is None and request.num_output_tokens:
+                facts.first_s = now_s
+            streams.append((request.num_computed_tokens, 1))
+            target_s = min(target_s, facts.hints.tpot_s)
+        if not streams:
+            return None
+        most: int = max(FLOOR_TOKENS, self.max_num_scheduled_tokens - len(streams))
+        latency = self.measure.latency
+        if latency is None:
+            return min(most, FIRST_TOKENS)
+        if not self.measure.trusted:  # a fit is not asked about steps much larger than those it was made of
+            most = min(most, max(FIRST_TOKENS, 2 * self.measure.most_prompt_tokens))
+        work = work_of(streams)
+        prompt = next((item for item in self.running if self._is_prompt(item)), None)
+        return prompt_tokens_beside(
+            latency,
+            num_decodes=work.num_decodes,
+            decode_context=work.decode_context,
+            target_s=target_s,
+            computed=prompt.num_computed_tokens if prompt is not None else 0,
+            floor=min(FLOOR_TOKENS, most),
+            ceiling=most,
+        )
+
+    def _is_prompt(self, request: Request) -> bool:
+        return bool(self._rest(request) > 1 + self.num_spec_tokens)
+
+    def _rest(self, request: Request) -> int:
+        return int(request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens)
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int, *args: Any, **kwargs: Any
+    ) -> int:
+        """How many of a request's tokens the step may have: what vLLM thinks, within what is left of the budget."""
+        left = self._prompt_tokens_left
+        if left is not None and num_new_tokens > 1 + self.num_spec_tokens:
+            num_new_tokens = min(num_new_tokens, left)
+            self._prompt_tokens_left = left - num_new_tokens
+        return int(super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens, *args, **kwargs))
+
+    # Memory: who is admitted, who gives way.
 
     def _allocate(
         self, request: Request, num_new_tokens: int, num_new_computed_tokens: int = 0, *args: Any, **kwargs: Any
     ) -> Any:
-        """`KVCacheManager.allocate_slots`; a request whose KV came early gets the blocks that it came into."""
+        """`KVCacheManager.allocate_slots`; who is not running yet gets blocks only if there is room for its growth, and
+        a request whose KV came early gets the blocks that it came into."""
+        from vllm.v1.request import RequestStatus
+
+        admission = self._plans and request.status != RequestStatus.RUNNING
+        if admission and not self._may_come_in(request, parks=bool(kwargs.get("delay_cache_blocks"))):
+            return None
+        blocks = self._allocate_lent(request, num_new_tokens, num_new_computed_tokens, *args, **kwargs)
+        if admission and blocks is not None and self._holders is not None:
+            self._holders[request.request_id] = self._expected(request)
+        return blocks
+
+    def _allocate_lent(
+        self, request: Request, num_new_tokens: int, num_new_computed_tokens: int, *args: Any, **kwargs: Any
+    ) -> Any:
         external = kwargs.get("num_external_computed_tokens", 0)
         if not external or not self.connector.lend(request, num_new_computed_tokens):
             return self._allocate_slots(request, num_new_tokens, num_new_computed_tokens, *args, **kwargs)
@@ -33,3 +209,73 @@ class DecodeMixin(SafetyMixin):
             self.kv_cache_manager.free(request)
             return None
         return blocks
+
+    def _may_come_in(self, request: Request, *, parks: bool) -> bool:
+        if self._fetch_only and not parks:
+            return False
+        if request.num_computed_tokens or request in self.kv_holding_waiting:
+            return True  # that was decided when it first got blocks; others wait behind it that hold some
+        if self._holders is None:
+            self._holders = {item.request_id: self._holding(item) for item in self._holding_at_first}
+        holders = self._holders.values()
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks() + self.connector.num_spare_blocks(request)
+        usable = sum(held for held, _ in holders) + free
+        room = int(usable * (1 - self._headroom))
+        self._short_of_room = not has_room(holders, self._expected(request), usable_blocks=room)
+        return not self._short_of_room
+
+    def _num_promised(self) -> int:
+        if not self._plans or not self.settings.early_reads:
+            return 0
+        holders = [self._holding(item) for item in (*self.running, *self.kv_holding_waiting)]
+        return peak_blocks(holders) - sum(held for held, _ in holders)
+
+    def _expected(self, request: Request) -> tuple[int, int]:
+        """`(held, growth)` of a request that holds nothing yet, as if its prompt were here."""
+        held, growth = self._holding(request)
+        prompt = -(-request.num_tokens // self.block_size)
+        return prompt, max(0, held + growth - prompt)
+
+    def _holding(self, request: Request) -> tuple[int, int]:
+        """`(held, growth)`: blocks that a request has, and those that it is expected to take yet."""
+        most = min(request.max_tokens, self.max_model_len - request.num_prompt_tokens)
+        remaining = self._lengths.remaining(self._kind(request), generated=request.num_output_tokens, most=most)
+        held = -(-request.num_computed_tokens // self.block_size)
+        return held, max(0, -(-(request.num_tokens + remaining) // self.block_size) - held)
+
+    def _kind(self, request: Request) -> tuple[object, int]:
+        """Requests whose answers are likely to be of one length: one adapter, and a similar `max_tokens`."""
+        adapter = request.lora_request.lora_name if request.lora_request is not None else None
+        return adapter, int(request.max_tokens).bit_length()
+
+    def _keep_who_cannot_afford_it(self, now_s: float) -> None:
+        """Where the next step may find no block for somebody: put those first who should not give way."""
+        pool = self.kv_cache_manager.block_pool
+        if pool.get_num_free_blocks() >= len(self.running) * (1 + self.num_spec_tokens) or len(self.running) < 2:
+            return
+        places = keep_order([self._stream(item, now_s) for item in self.running])
+        self.running[:] = [self.running[place] for place in places]
+
+    def _stream(self, request: Request, now_s: float) -> Stream:
+        facts, latency = self.facts_of(request), self.measure.latency
+        since_s = now_s - facts.first_s if facts.first_s is not None else 0.0
+        return Stream(
+            ahead_s=ahead_s(num_tokens=request.num_output_tokens, tpot_s=facts.hints.tpot_s, since_first_s=since_s),
+            recompute_s=(
+                latency.step_s(work_of([(0, request.num_tokens)])) if latency is not None else request.num_tokens * 1e-4
+            ),
+            num_preemptions=request.num_preemptions,
+            priority=facts.hints.priority,
+        )
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        self._num_preempted += 1
+        self.stats.count(RECOMPUTED, request.num_computed_tokens)
+        super()._preempt_request(request, *args, **kwargs)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        from vllm.v1.request import RequestStatus
+
+        if request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
+            self._lengths.add(self._kind(request), request.num_output_tokens)
+        return super()._free_request(request, *args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from vllm_disagg.connector import DisaggConnector
@@ -41,9 +42,24 @@ class SafetyMixin(_Base):
         super().add_request(request, *args, **kwargs)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """One step: first what has arrived or was given back since the last one."""
-        self._apply(self.connector.begin_step(num_running=len(self.running)))
-        return super().schedule(*args, **kwargs)
+        """One step: first what has arrived or was given back since the last one, then the plan."""
+        num_promised = self._num_promised()
+        self._apply(self.connector.begin_step(num_running=len(self.running), num_promised=num_promised))
+        with self._planned():
+            output = super().schedule(*args, **kwargs)
+        self._after(output)
+        return output
+
+    def _num_promised(self) -> int:
+        """Blocks that running requests are expected to grow by."""
+        return 0
+
+    def _planned(self) -> AbstractContextManager[None]:
+        """Around vLLM's own scheduling of a step."""
+        return nullcontext()
+
+    def _after(self, output: Any) -> None:
+        """The step is on its way."""
 
     def _apply(self, reports: list[ReceiveReport]) -> None:
         if not reports:

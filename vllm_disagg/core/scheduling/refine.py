@@ -76,6 +76,11 @@ class StepTimes:
         else:
             self._fits[kind].add([_feature(work, term) for term in _TERMS[kind]], step_s)
 
+    @property
+    def has_profile(self) -> bool:
+        """Whether there was something to begin with."""
+        return self._profile is not None
+
     def count(self, kind: Kind) -> int:
         """Steps of this kind so far."""
         return self._counts[kind]
