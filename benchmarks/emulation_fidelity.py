@@ -81,6 +81,9 @@ FREEZE_S, FROZEN = 5.0, 2.0
 left out."""
 
 REST_S = 2.0
+STOLEN, TRIES = 0.02, 4
+"""An emulated run of which the hypervisor took more is made again, up to so many times; the least disturbed counts. A
+host that is not there keeps no device's time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +262,16 @@ async def compare(
     return run
 
 
+async def undisturbed(
+    server: Server, log: Log, load: Load, cores: Sequence[int], *, engine: str, pace: Sequence[float]
+) -> Run:
+    """One run of an emulated engine, repeated while the hypervisor takes too much of it."""
+    tries: list[Run] = []
+    while len(tries) < TRIES and not (tries and tries[-1].stolen <= STOLEN):
+        tries.append(await compare(server, log, load, cores, engine=engine, pace=pace))
+    return min(tries, key=lambda run: run.stolen)
+
+
 def pace_of(run: Run, latency: LatencyModel, *, window_s: float = WINDOW_S) -> list[float]:
     """How much slower than the profile the device was, window after window. Windows without steps are as the last."""
     measured: dict[int, float] = {}
@@ -355,7 +368,14 @@ def emulate(measured: Measured, options: argparse.Namespace, folder: Path) -> Re
     profile, noise = profile_of(latency, steps), jitter(latency, steps)
     path = folder / "profile.json"
     path.write_text(json.dumps(profile_document(profile), indent=1))
-    flags = ("--emulate", str(path), "--emulate-host", "shown", BACKEND, "vllm_disagg.profiler.emulated.RecordingEmulatedExecutor")
+    flags = (
+        "--emulate",
+        str(path),
+        "--emulate-host",
+        "shown",
+        BACKEND,
+        "vllm_disagg.profiler.emulated.RecordingEmulatedExecutor",
+    )
     paces = {id(run): measured.pace_beside(index, latency) for index, run in enumerate(measured.runs)}
     runs = [run for run in measured.runs if is_undisturbed(run, latency)]
     left_out = len(measured.runs) - len(runs)
@@ -364,12 +384,12 @@ def emulate(measured: Measured, options: argparse.Namespace, folder: Path) -> Re
         log = Log(server)
         for run, load in pairs:
             pace = pace_of(run, latency)
-            runs.append(asyncio.run(compare(server, log, load, options.cores, engine=PACED, pace=pace)))
+            runs.append(asyncio.run(undisturbed(server, log, load, options.cores, engine=PACED, pace=pace)))
     with engine(EMULATED, (*flags, "--emulate-jitter", f"{noise:.4f}"), folder, options.cores) as server:
         log = Log(server)
         for run, load in pairs:
             pace = [paces[id(run)]]
-            runs.append(asyncio.run(compare(server, log, load, options.cores, engine=EMULATED, pace=pace)))
+            runs.append(asyncio.run(undisturbed(server, log, load, options.cores, engine=EMULATED, pace=pace)))
     return Result(
         runs=runs,
         capacity_per_s=measured.capacity_per_s,
@@ -532,7 +552,8 @@ def report(result: Result, options: argparse.Namespace, found: dict[str, str]) -
         f"- profile: {len(result.profiling)} steps of the real engine under other loads, between the compared ones; "
         f"jitter {result.jitter:.3f}, as the spread from each of them to the next\n"
         f"- left out: {result.left_out} of {result.left_out + len(of_engine(result.runs, REAL))} runs of the real "
-        f"engine, which for {FREEZE_S:g} s were more than {FROZEN:g} times slower than the profile\n\n"
+        f"engine, which for {FREEZE_S:g} s were more than {FROZEN:g} times slower than the profile\n"
+        f"- made again, up to {TRIES} times: emulated runs of which the hypervisor took more than {STOLEN:.0%}\n\n"
         'A figure is over the requests of all runs; in brackets that of each repetition. "Real against itself" is by\n'
         "how much its highest repetition is above its lowest: the same requests, the same arrivals, the same engine.\n"
         "Emulated: at the pace that the real device had in the profiling loads before and after each of its runs.\n"
