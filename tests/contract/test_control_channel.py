@@ -653,3 +653,22 @@ def test_after_a_read_that_took_too_long_requests_are_declined_until_a_probe_is_
 
         eventually(lambda: any(item.result == "received" for item in decode.reports_of(probe.transfer_id)), "the proof")
         assert decode.control.readiness(other)[0] == "ready"
+
+
+def test_what_was_declined_while_a_peer_was_given_up_is_released_when_it_is_greeted_again() -> None:
+    prefill, decode = Prefill(), Decode(pull_timeout_s=0.3)
+    with engines(decode, prefill):
+        first = prefill.hold()
+        decode.pair_with(first)
+        decode.expect(first)
+        assert decode.report(Settled).cause == "pull_timeout"  # and nothing was heard meanwhile: the peer is given up
+        declined = prefill.hold()
+        decode.control.announce(declined)
+        eventually(lambda: decode.control.readiness(declined)[0] == "failed", "the loss")
+        decode.control.forget(declined.transfer_id)
+        time.sleep(1.2)
+        assert declined.transfer_id in prefill.holds
+
+        decode.control.announce(prefill.hold())
+
+        eventually(lambda: declined.transfer_id not in prefill.holds, "the release")

@@ -477,7 +477,7 @@ class DecodeControl:
         peer = self._peers.get(pull.engine_id)
         if peer is not None:
             release = Release(engine_id=pull.engine_id, transfer_id=pull.transfer_id, nonce=pull.nonce, verify=verify)
-            peer.send(messages.encode(release))
+            peer.release(messages.encode(release))
 
     def _over(self, pull: Pull) -> None:
         self._pulls.pop(pull.transfer_id, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ HELLO_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 30.0
 """For the workers to connect: each may register its whole KV cache with the device once more."""
 
+_MOST_OWED = 10_000
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 1.0, 30.0
 _UNPROVEN = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _DISCONNECTED = zmq.EVENT_DISCONNECTED | _UNPROVEN
@@ -42,6 +44,8 @@ class Peer:
     num_failures: int = 0
     heard_s: float = 0.0
     quarantine: Quarantine = field(default_factory=Quarantine)
+    owed: deque[bytes] = field(default_factory=lambda: deque(maxlen=_MOST_OWED))
+    """Releases that could not be sent: what is not fetched must not stay held until its lease ends."""
     socket: zmq.Socket[Any] | None = None
     monitor: zmq.Socket[Any] | None = None
 
@@ -65,6 +69,13 @@ class Peer:
         if self.socket is not None:
             send_now(self.socket, frame)
 
+    def release(self, frame: bytes) -> None:
+        """Send a release now, or when the peer has been greeted again."""
+        if self.socket is None:
+            self.owed.append(frame)
+        else:
+            self.send(frame)
+
     def fail(self, cause: Cause, *, now_s: float) -> None:
         """Close the channel and wait longer each time before the next attempt."""
         self.close()
@@ -74,6 +85,8 @@ class Peer:
 
     def welcomed(self, ranks: set[int], *, now_s: float) -> None:
         """The peer agreed; now each of our workers connects."""
+        while self.owed:
+            self.send(self.owed.popleft())
         self.phase, self.waiting_ranks, self.deadline_s = "connecting", ranks, now_s + CONNECT_TIMEOUT_S
 
     @property
