@@ -120,7 +120,7 @@ async def compare(split: str, undivided: str, cases: Sequence[Case], *, at_once:
                     seen = (ours.headers.get("x-disagg-route"), ours.headers.get("x-disagg-reason"))
                     assert seen[0] == case.route, f"{case.name} went {seen}"
                 assert ours.token_ids or ours.text == "", f"{case.name}: no token ids"
-                await _judge(http, undivided, case, ours, theirs, verdict)
+                await judge(http, undivided, case, ours, theirs, verdict)
 
         async with asyncio.TaskGroup() as tasks:
             for case in cases:
@@ -128,9 +128,10 @@ async def compare(split: str, undivided: str, cases: Sequence[Case], *, at_once:
     return verdict
 
 
-async def _judge(
+async def judge(
     http: aiohttp.ClientSession, undivided: str, case: Case, ours: Answer, theirs: Answer, verdict: Verdict
 ) -> None:
+    """Note whether our answer is the undivided engine's."""
     same = (ours.token_ids, ours.text, ours.finish_reason) == (theirs.token_ids, theirs.text, theirs.finish_reason)
     if same and ours.logprob_tokens == theirs.logprob_tokens:
         verdict.equal += 1

@@ -100,10 +100,11 @@ class Server(Process):
     """A child that answers HTTP."""
 
     port: int
+    address: str = "127.0.0.1"
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.address}:{self.port}"
 
     def wait_until_ready(self, path: str = "/health") -> None:
         deadline_s = time.monotonic() + START_TIMEOUT_S
@@ -118,7 +119,7 @@ class Server(Process):
         raise AssertionError(f"{self.name} was not ready in {START_TIMEOUT_S} s:\n{self.log.read_text()[-3000:]}")
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """Metrics whose name begins so, summed over label values other than `event`, `cause`, `route`, `reason`."""
+        """Metrics whose name begins so, summed over label values other than those of our own labels."""
         with urllib.request.urlopen(self.url + "/metrics", timeout=10) as answer:
             text = answer.read().decode()
         found: dict[str, float] = {}
@@ -126,7 +127,7 @@ class Server(Process):
             match = re.match(r"([a-zA-Z_:]+)(?:\{(.*)\})? (\S+)$", line)
             if match is None or not match[1].startswith(prefix):
                 continue
-            kept = re.findall(r'\b(?:event|cause|route|reason|leg)="([^"]*)"', match[2] or "")
+            kept = re.findall(r'\b(?:event|cause|route|reason|leg|transition)="([^"]*)"', match[2] or "")
             key = match[1] + ("{" + ",".join(kept) + "}" if kept else "")
             found[key] = found.get(key, 0.0) + float(match[3])
         return found
@@ -137,9 +138,13 @@ class EmulatedEngine(Server):
     """An engine that a fork host runs; our own child only stands for it."""
 
     faults: Path
+    alone_on: ForkHost | None = None
+    """Its fork host, if that runs no other engine; needed where the engine is in a network of its own."""
 
     def tree(self) -> list[psutil.Process]:
         """Our child and the engine's own session."""
+        if self.alone_on is not None:
+            return [*super().tree(), *self.alone_on.tree()[1:]]
         return [*super().tree(), *self._session()]
 
     def inject(self, *faults: dict[str, Any]) -> None:
@@ -149,15 +154,16 @@ class EmulatedEngine(Server):
         draft.rename(self.faults)
 
     def _session(self) -> list[psutil.Process]:
-        leaders = {
-            item.pid
+        """The API server is not its leader: look for whoever listens, and then for all who share its session."""
+        sessions = {
+            os.getsid(item.pid)
             for item in psutil.net_connections("tcp")
             if item.pid and item.status == psutil.CONN_LISTEN and item.laddr.port == self.port
         }
         found = []
         for process in psutil.process_iter():
             try:
-                if os.getsid(process.pid) in leaders:
+                if os.getsid(process.pid) in sessions:
                     found.append(process)
             except (OSError, psutil.NoSuchProcess):
                 continue
@@ -197,12 +203,13 @@ def emulated_engine(
     profile: str = "tiny",
     block_size: int = BLOCK_SIZE,
     flags: Sequence[str] = (),
+    address: str = "127.0.0.1",
 ) -> EmulatedEngine:
     """An emulated engine: with a role, or as the undivided reference."""
     port = free_ports(1)[0]
     argv = [
         *FORKED_ENGINE_COMMAND, str(host.socket), load_profile(profile).model.name, "--emulate", profile,
-        "--port", str(port), "--host", "127.0.0.1",
+        "--port", str(port), "--host", address,
         "--served-model-name", "model", "--block-size", str(block_size), "--max-model-len", str(MAX_MODEL_LEN),
     ]  # fmt: skip
     faults = folder / f"{name}.faults.json"
@@ -212,6 +219,7 @@ def emulated_engine(
         log=folder / f"{name}.log",
         env={"VLLM_NO_USAGE_STATS": "1", "VLLM_DISAGG_FAULTS": str(faults)},
         port=port,
+        address=address,
         faults=faults,
     )
 

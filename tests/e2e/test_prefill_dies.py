@@ -28,11 +28,13 @@ async def answers(url: str, asked: list[Case]) -> list[Answer]:
 
 
 async def prefill_is_busy(deployment: Deployment) -> None:
-    """Until prefill computes one of the prompts."""
-    deadline_s = time.monotonic() + 20
-    while deployment.prefill.metrics("vllm:num_requests_running")["vllm:num_requests_running"] < 1:
+    """Until prefill computes the prompts. An engine tells of a step when it is over, which is too late: the proxy knows
+    when it has sent them, and their computation takes seconds."""
+    deadline_s, outstanding = time.monotonic() + 20, "vllm_disagg_proxy_outstanding_tokens"
+    while deployment.proxy.metrics(outstanding)[outstanding] == 0:
         assert time.monotonic() < deadline_s
-        await asyncio.sleep(0.01)  # bounded polling of the engine's metrics
+        await asyncio.sleep(0.01)  # bounded polling of the proxy's metrics
+    await asyncio.sleep(0.5)
 
 
 async def splits_again(deployment: Deployment, *, within_s: float) -> None:
