@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_disagg.core.scheduling.hints import after
 from vllm_disagg.core.shapes import Api
 from vllm_disagg.core.types import TransferId
-from vllm_disagg.proxy.bodies import FIELDS, RESERVED, decode_body, encode, known, parse, prefill_body
+from vllm_disagg.proxy.bodies import FIELDS, RESERVED, decode_body, encode, known, parse, prefill_body, without_hints
 from vllm_disagg.proxy.replies import ApiError
 
 APIS: tuple[Api, ...] = get_args(Api)
@@ -94,3 +95,19 @@ def test_text_survives_unchanged() -> None:
 def test_xargs_are_passed_on() -> None:
     xargs = {"a": 1, "b": "x", "c": [1.5, "y"], "d": True}
     assert known("chat", parse(json.dumps({"vllm_xargs": xargs}).encode())) == {"vllm_xargs": xargs}
+
+
+def test_hints_reach_both_engines_and_other_arguments_decode_alone() -> None:
+    fields = without_hints({"prompt": [1], "vllm_xargs": {"slo_ttft_ms": 9e9, "mine": 1}})
+    hints = {"slo_ttft_ms": 250.0}
+
+    assert fields == {"prompt": [1], "vllm_xargs": {"mine": 1}}
+    assert prefill_body("completions", fields, TRANSFER, hints=hints)["vllm_xargs"] == hints
+    assert decode_body("completions", fields, hints=hints)["vllm_xargs"] == {"mine": 1, **hints}
+    assert without_hints({"prompt": [1], "vllm_xargs": {"slo_priority": 1}}) == {"prompt": [1]}
+    assert "vllm_xargs" not in prefill_body("completions", {"prompt": [1]}, TRANSFER)
+
+
+def test_of_the_time_to_the_first_token_what_is_left_travels() -> None:
+    assert after({"slo_ttft_ms": 300.0, "slo_tpot_ms": 40.0}, 0.1) == {"slo_ttft_ms": 200.0, "slo_tpot_ms": 40.0}
+    assert after({"slo_ttft_ms": 300.0}, 5.0) == {"slo_ttft_ms": 1.0}

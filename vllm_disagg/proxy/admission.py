@@ -12,8 +12,9 @@ from typing import Final
 from starlette.requests import Request
 
 from vllm_disagg.config import ProxySettings
+from vllm_disagg.core.scheduling.hints import HEADERS, clean
 from vllm_disagg.core.shapes import Api
-from vllm_disagg.proxy.bodies import known, parse
+from vllm_disagg.proxy.bodies import known, parse, without_hints
 from vllm_disagg.proxy.flow import Call
 from vllm_disagg.proxy.metrics import ProxyMetrics
 from vllm_disagg.proxy.replies import ApiError
@@ -63,9 +64,13 @@ class Admission:
         body = parse(raw)
         fields = known(api, body)
         self._metrics.dropped_fields(len(body) - len(fields))
+        hints, touched = clean({**_hints_in_headers(request), **(fields.get("vllm_xargs") or {})})
+        for outcome in touched.values():
+            self._metrics.hint(outcome)
         return Call(
             api=api,
-            fields=fields,
+            fields=without_hints(fields),
+            hints=hints,
             headers=forwarded_headers(request),
             num_bytes=len(raw),
             request_id=secrets.token_hex(16),
@@ -99,6 +104,10 @@ class Admission:
 def forwarded_headers(request: Request) -> Mapping[str, str]:
     """The client's headers that may reach an engine."""
     return {name: value for name in _FORWARDED if (value := request.headers.get(name)) is not None}
+
+
+def _hints_in_headers(request: Request) -> dict[str, str]:
+    return {key: value for name, key in HEADERS.items() if (value := request.headers.get(name)) is not None}
 
 
 def log_label(request: Request) -> str:

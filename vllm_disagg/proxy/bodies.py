@@ -10,12 +10,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from vllm_disagg.core.scheduling.hints import NAMES
 from vllm_disagg.core.shapes import Api
 from vllm_disagg.core.types import TransferId
 from vllm_disagg.proxy.replies import ApiError
 
 RESERVED: Final = frozenset({"kv_transfer_params", "ec_transfer_params", "request_id"})
 """Fields that only the proxy may write."""
+
+_NO_HINTS: Final[Mapping[str, float]] = {}
 
 _PROMPT_FIELDS: Final[Mapping[Api, frozenset[str]]] = {
     # Whatever changes the prompt's tokens or its KV goes to both engines.
@@ -83,9 +86,20 @@ def known(api: Api, body: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in body.items() if name in FIELDS[api]}
 
 
-def prefill_body(api: Api, fields: Mapping[str, Any], transfer_id: TransferId) -> dict[str, Any]:
+def without_hints(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields without what `vllm_xargs` asks of the schedulers: that is written anew for each engine."""
+    if not isinstance(fields.get("vllm_xargs"), dict):
+        return dict(fields)
+    others = {name: value for name, value in fields["vllm_xargs"].items() if name not in NAMES}
+    return {name: value for name, value in {**fields, "vllm_xargs": others}.items() if name != "vllm_xargs" or others}
+
+
+def prefill_body(
+    api: Api, fields: Mapping[str, Any], transfer_id: TransferId, *, hints: Mapping[str, float] = _NO_HINTS
+) -> dict[str, Any]:
     """What a prefill instance is asked: this prompt, one token, keep the KV."""
     return {
+        **({"vllm_xargs": dict(hints)} if hints else {}),
         **{name: value for name, value in fields.items() if name in _PROMPT_FIELDS[api]},
         ("max_tokens" if api == "completions" else "max_completion_tokens"): 1,
         "temperature": 0,
@@ -103,6 +117,7 @@ def decode_body(
     transfer_id: TransferId | None = None,
     handoff: str | None = None,
     num_cached_tokens: int | None = None,
+    hints: Mapping[str, float] = _NO_HINTS,
 ) -> dict[str, Any]:
     """What a decode instance is asked: the client's own request, with the prompt's token ids and KV where known.
 
@@ -113,8 +128,11 @@ def decode_body(
         transfer_id: the transfer that `handoff` belongs to.
         handoff: what the prefill instance gave for the KV; without it, decode computes the prompt itself.
         num_cached_tokens: prompt tokens that the prefill instance had cached; vLLM reports them in `usage`.
+        hints: what the request asks of the scheduler.
     """
     body, params = dict(fields), dict[str, Any]()
+    if hints:
+        body["vllm_xargs"] = {**(fields.get("vllm_xargs") or {}), **hints}
     if handoff is not None:
         params.update(do_remote_prefill=True, do_remote_decode=False, transfer_id=transfer_id, handoff=handoff)
         if num_cached_tokens is not None:

@@ -21,6 +21,7 @@ from starlette.types import Message, Send
 
 from vllm_disagg.config import EMULATED_HEADER
 from vllm_disagg.core.policy import Route
+from vllm_disagg.core.scheduling.hints import after
 from vllm_disagg.core.shapes import Api, certainly_shorter, estimate_tokens, unsplittable
 from vllm_disagg.core.types import new_transfer_id
 from vllm_disagg.proxy.bodies import decode_body, encode, prefill_body
@@ -44,6 +45,7 @@ class Call:
     Attributes:
         api: which of OpenAI's interfaces.
         fields: the fields of its body that may reach an engine.
+        hints: what it asks of the schedulers, cleaned; the engines read them in `vllm_xargs`.
         headers: the client's headers that may reach an engine.
         num_bytes: length of its body.
         request_id: what the engines, their answers and our logs call it.
@@ -52,6 +54,7 @@ class Call:
 
     api: Api
     fields: Mapping[str, Any]
+    hints: Mapping[str, float]
     headers: Mapping[str, str]
     num_bytes: int
     request_id: str
@@ -136,7 +139,7 @@ class Flow:
 
     async def _prefill_on(self, instance: Instance, deadline_s: float) -> Prefilled:
         hold = Hold(prefill=instance, transfer_id=new_transfer_id())
-        body = encode(prefill_body(self._call.api, self._call.fields, hold.transfer_id))
+        body = encode(prefill_body(self._call.api, self._call.fields, hold.transfer_id, hints=self._hints()))
         started_s = self._loop.time()
         self._hold = hold  # from here on it may hold KV, even if its answer never arrives
         try:
@@ -204,7 +207,7 @@ class Flow:
         body = decode_body(
             self._call.api, self._call.fields,
             token_ids=prefilled.token_ids, transfer_id=prefilled.transfer_id, handoff=prefilled.handoff,
-            num_cached_tokens=prefilled.num_cached_tokens,
+            num_cached_tokens=prefilled.num_cached_tokens, hints=self._hints(),
         )  # fmt: skip
         async with Upstream(self._services.http, instance) as leg:
             await self._open(leg, encode(body), deadline_s)
@@ -248,6 +251,9 @@ class Flow:
         name = f"{self._call.request_id}-{self._num_legs}"
         headers = {**self._call.headers, "Content-Type": "application/json", "X-Request-Id": name}
         await leg.open("POST", PATHS[self._call.api], deadline_s=deadline_s, headers=headers, body=body)
+
+    def _hints(self) -> dict[str, float]:
+        return after(self._call.hints, self._loop.time() - self._call.arrived_s)
 
     def _take_place(self, instance: Instance) -> Instance:
         """Count the request as outstanding on this decode instance and no other."""

@@ -19,6 +19,7 @@ METRICS: Final[Mapping[str, str]] = {
     "vllm_disagg_proxy_incompatible_pairs": "Pairs of a prefill and a decode instance whose KV caches do not match.",
     "vllm_disagg_proxy_client_disconnects_total": "Clients that left before their answer ended, by phase.",
     "vllm_disagg_proxy_dropped_fields_total": "Unknown fields in clients' bodies that were not forwarded.",
+    "vllm_disagg_proxy_slo_hints_total": "SLO hints that were not taken as they came.",
 }
 """Every metric of the proxy and its help text."""
 
@@ -41,6 +42,7 @@ class ProxyMetrics:
         self._incompatible = self._gauge("incompatible_pairs")
         self._disconnects = self._counter("client_disconnects_total", "phase")
         self._dropped = self._counter("dropped_fields_total")
+        self._hints = self._counter("slo_hints_total", "outcome")
 
     def request(self, api: str, route: str, reason: str) -> None:
         """One request has ended."""
@@ -85,6 +87,10 @@ class ProxyMetrics:
     def dropped_fields(self, number: int) -> None:
         """Fields of one body that were not forwarded."""
         self._dropped.inc(number)
+
+    def hint(self, outcome: str) -> None:
+        """One SLO hint was clamped or ignored."""
+        self._hints.labels(outcome).inc()
 
     def value(self, name: str, **labels: str) -> float:
         """One sample, 0 when it has never been touched. For tests and status pages."""

@@ -14,10 +14,14 @@ from typing import Any, Final
 TTFT, TPOT, PRIORITY = "slo_ttft_ms", "slo_tpot_ms", "slo_priority"
 
 NAMES: Final = (TTFT, TPOT, PRIORITY)
-"""Keys of `vllm_xargs`. As headers: `X-SLO-TTFT-Ms` and so on."""
+"""Keys of `vllm_xargs`."""
 
 BOUNDS: Final[Mapping[str, tuple[float, float]]] = {TTFT: (1.0, 3.6e6), TPOT: (1.0, 60e3), PRIORITY: (-100.0, 100.0)}
 """Smallest and largest value; what lies beyond becomes that."""
+
+
+HEADERS: Final[Mapping[str, str]] = {"x-slo-ttft-ms": TTFT, "x-slo-tpot-ms": TPOT, "x-slo-priority": PRIORITY}
+"""Headers of a client's request to the proxy that say the same. What the body says prevails."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +76,15 @@ def hints_of(values: Mapping[str, float], *, ttft_s: float, tpot_s: float, prior
         tpot_s=values[TPOT] / 1e3 if TPOT in values else tpot_s,
         priority=int(values.get(PRIORITY, priority)),
     )
+
+
+def after(values: Mapping[str, float], elapsed_s: float) -> dict[str, float]:
+    """Cleaned values as the next one in line should read them: of the time to the first token some has gone. It travels
+    as what is left, since clocks differ."""
+    left = dict(values)
+    if TTFT in left:
+        left[TTFT] = max(BOUNDS[TTFT][0], left[TTFT] - 1e3 * elapsed_s)
+    return left
 
 
 def _number(value: Any) -> float | None:
