@@ -132,7 +132,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with OtherLoad() as other_load:
-        simulate(SYSTEMS["2P1D"], make_workload(SURROGATES["sharegpt-like"], num_requests=10), backend="compiled")
+        requests_per_s(SYSTEMS["2P1D"], 10, 6.0)  # compiles
         for name, system in SYSTEMS.items():
             for rate in RATES:
                 found = requests_per_s(system, arguments.requests, rate * system.num_devices)
