@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -54,14 +53,8 @@ def test_a_healthy_pair_is_healthy_and_goes_on_serving(deployment: Deployment) -
 def test_bytes_that_change_on_their_way_are_a_problem(deployment: Deployment) -> None:
     if not isinstance(deployment.decode, EmulatedEngine):
         pytest.skip("faults are injected into emulated engines")
-    deployment.decode.inject({"kind": "corrupt_read"})
-    body = {"model": "model", "prompt": "Faults are looked for before each step. " * 8, "max_tokens": 2}
-    request = urllib.request.Request(
-        deployment.proxy.url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+    deployment.decode.inject({"kind": "corrupt_read", "every": 1})
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            assert answer.status == 200
         code, told = examined([deployment.prefill], [deployment.decode])
     finally:
         deployment.decode.inject()
