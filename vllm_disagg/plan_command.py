@@ -164,6 +164,8 @@ def run_simulate(settings: SimulateSettings) -> list[str]:
     if settings.out:
         document = {"workload": workload.source, "goodput": goodput, "runs": found}
         _write(settings.out, {"format": "vllm-disagg-simulation", "version": 1, **document})
+    if settings.plot:
+        _draw(settings.plot, found, slo, goodput)
     head = ("rate/s", "attainment", "TTFT p50", "p90", "TPOT p50", "p90", *PHASES, "preemptions")
     return [
         f"{workload.source}; times in ms, phases as means",
@@ -314,6 +316,43 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.0f}" if np.isfinite(seconds) else "never"
+
+
+def _draw(path: str, runs: Sequence[dict[str, Any]], slo: SLO, goodput: float | None) -> None:
+    """Attainment over the rate, and below it each latency as a share of its target."""
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from error
+    runs = sorted(runs, key=lambda run: float(run["rate"]))
+    rates = [run["rate"] for run in runs]
+    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(6.4, 5.2))
+    try:
+        above.plot(rates, [100 * run["attainment"] for run in runs], "o-")
+        above.axhline(90, color="0.7", linewidth=0.8)
+        if goodput:
+            above.axvline(goodput, color="0.7", linewidth=0.8, linestyle="--", label=f"goodput {goodput:.2f}/s")
+            above.legend(fontsize=8)
+        above.set_ylabel("SLO attainment, %")
+        above.set_ylim(0, 102)
+        for name, target in (("ttft", slo.ttft_s), ("tpot", slo.tpot_s)):
+            for share in ("p50", "p90"):
+                values = [np.nan if run[f"{name}_{share}_s"] is None else run[f"{name}_{share}_s"] for run in runs]
+                below.plot(rates, np.array(values) / target, "o-", ms=3, label=f"{name.upper()} {share}")
+        below.axhline(1.0, color="0.7", linewidth=0.8)
+        below.set_yscale("log")
+        below.set_ylabel("of its target")
+        below.set_xlabel("requests/s")
+        below.legend(fontsize=8)
+        figure.tight_layout()
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--plot {path}: {error}") from error
+    finally:
+        plt.close(figure)
 
 
 def _write(path: str, document: dict[str, Any], *, indent: int | None = 1) -> None:

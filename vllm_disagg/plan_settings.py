@@ -76,6 +76,10 @@ class SimulateSettings:
     slo_tpot_s: float = setting(0.1, "Target for the time per output token, seconds.")
     seed: int = setting(0, "Of the workload.")
     out: str | None = setting(None, "Write the results as JSON to this file.")
+    plot: str | None = setting(
+        None,
+        "Draw attainment and latencies over the rate into this file: SVG, PNG or PDF. Needs matplotlib.",
+    )
     timeline: str | None = setting(
         None, "Write what happened in the run at the first rate as a trace that ui.perfetto.dev opens."
     )

@@ -45,6 +45,18 @@ def test_simulate_prints_a_line_per_rate_and_where_the_time_goes(tmp_path: Path)
     assert [run["rate"] for run in json.loads(file.read_text())["runs"]] == [10.0, 20.0]
 
 
+def test_simulate_draws_what_it_prints(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file, trace = tmp_path / "rates.svg", tmp_path / "trace.json"
+    options = ("--profile", "tiny", "--workload", "fixed:64/8", "--requests", "200", "--rates", "20,10")
+    output("simulate", *options, "--plot", str(file), "--timeline", str(trace), "--timeline-window", "0,5")
+
+    assert file.read_text().count("<path") > 10
+    assert any(event["name"].endswith("decoding") for event in json.loads(trace.read_text())["traceEvents"])
+    with pytest.raises(ConfigError, match=r"--plot .*rates\.word"):
+        output("simulate", *options, "--plot", str(tmp_path / "rates.word"))
+
+
 def test_simulate_replays_a_trace(tmp_path: Path) -> None:
     rows = [{"timestamp": 100 * index, "input_length": 20, "output_length": 4} for index in range(30)]
     trace = tmp_path / "trace.jsonl"
