@@ -235,7 +235,8 @@ def progress_line(found: Sequence[Handover], name: str, repetition: int, num_str
     """What a part of the run says at once."""
     here = [item for item in found if (item.side, item.repetition, item.num_streams) == (name, repetition, num_streams)]
     medians = ", ".join(
-        f"{num_tokens}: {statistics.median(item.handover_s for item in here if item.num_prompt_tokens == num_tokens):.3f}"
+        f"{num_tokens}: "
+        f"{statistics.median(item.handover_s for item in here if item.num_prompt_tokens == num_tokens):.3f}"
         for num_tokens in sorted({item.num_prompt_tokens for item in here})
     )
     return f"repetition {repetition + 1}, {num_streams} streams, {name}: hand-over by prompt tokens, s: {medians}"
