@@ -285,9 +285,12 @@ def test_steps_take_what_the_profile_says(start: Start, monkeypatch: pytest.Monk
     engine, seen = start("--max-num-batched-tokens", "64"), list[float]()
     launch = DeviceClock.launch
 
-    def spied(self: DeviceClock, step_s: float, now_s: float) -> float:
+    going_on = list[bool]()
+
+    def spied(self: DeviceClock, step_s: float, now_s: float, *, goes_on: bool = False) -> float:
         seen.append(step_s)
-        return launch(self, step_s, now_s)
+        going_on.append(goes_on)
+        return launch(self, step_s, now_s, goes_on=goes_on)
 
     monkeypatch.setattr(DeviceClock, "launch", spied)
     engine.add(list(range(5000, 5100)), SamplingParams(max_tokens=3, ignore_eos=True))
@@ -297,6 +300,7 @@ def test_steps_take_what_the_profile_says(start: Start, monkeypatch: pytest.Monk
     latency = load_profile("tiny").entry(1).latency
     steps = [[(0, 64)], [(64, 36), (0, 20)], [(100, 1), (20, 1)], [(101, 1)]]
     assert seen == [latency.step_s(work_of(step)) for step in steps]
+    assert going_on == [False, True, True, True]
 
 
 def faults(folder: Path, monkeypatch: pytest.MonkeyPatch, *items: dict[str, Any]) -> None:
@@ -325,7 +329,7 @@ def test_slow_steps_and_stalls_change_times_and_no_tokens(
     slow = {"kind": "slow", "factor": 3.0, "from_step": 2, "to_step": 2}
     faults(tmp_path, monkeypatch, slow, {"kind": "stall", "at_step": 3, "seconds": 5.0})
     engine, seen = start(), list[float]()
-    monkeypatch.setattr(DeviceClock, "launch", lambda self, step_s, now_s: seen.append(step_s) or now_s)
+    monkeypatch.setattr(DeviceClock, "launch", lambda self, step_s, now_s, goes_on: seen.append(step_s) or now_s)
 
     assert engine.answer(PROMPT, GREEDY).words == expected.words
 
