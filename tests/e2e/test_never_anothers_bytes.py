@@ -72,7 +72,15 @@ class Site:
         return list(await asyncio.gather(*(ask(http, self.undivided.url, case) for case in asked)))
 
     async def held(self, http: aiohttp.ClientSession, asked: Sequence[Any]) -> list[Held]:
-        return list(await asyncio.gather(*(hold(http, self.prefill, case) for case in asked)))
+        """The first leg of all of them; once more if prefill has just ended."""
+        for _ in range(2):
+            held = await asyncio.gather(*(hold(http, self.prefill, case) for case in asked), return_exceptions=True)
+            failed = [item for item in held if isinstance(item, BaseException)]
+            if not failed:
+                return [item for item in held if isinstance(item, Held)]
+            if not await self.revive(http):
+                raise failed[0]
+        raise AssertionError("prefill ends again and again")
 
     async def flood(self, http: aiohttp.ClientSession) -> None:
         """Write other prompts over every block of prefill that nobody holds, at least once. A prefill engine that has
