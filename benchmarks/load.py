@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -18,17 +18,25 @@ TIMEOUT_S = 300.0
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One arrival. `at_s` is counted from the start of the load."""
+    """One arrival. `at_s` is counted from the start of the load.
+
+    Attributes:
+        num_output_tokens: how long the answer has to be, or with `may_end` at most.
+        may_end: the model may end the answer itself.
+        extra: more fields of the body.
+    """
 
     at_s: float
     prompt: tuple[int, ...]
     num_output_tokens: int
+    may_end: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def body(self) -> dict[str, Any]:
         return {
-            "model": "model", "prompt": list(self.prompt), "max_tokens": self.num_output_tokens, "ignore_eos": True,
-            "temperature": 0, "stream": True, "return_token_ids": True,
+            "model": "model", "prompt": list(self.prompt), "max_tokens": self.num_output_tokens,
+            "ignore_eos": not self.may_end, "temperature": 0, "stream": True, "return_token_ids": True, **self.extra,
         }  # fmt: skip
 
 
@@ -121,7 +129,8 @@ async def _one(http: aiohttp.ClientSession, url: str, request: Request, start_s:
         await _stream(http, url, request, due_s, seen)
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         seen.error = f"{type(error).__name__}: {error}"
-    if not seen.error and len(seen.token_times_s) != request.num_output_tokens:
+    wanted = 1 if request.may_end else request.num_output_tokens
+    if not seen.error and not wanted <= len(seen.token_times_s) <= request.num_output_tokens:
         seen.error = f"{len(seen.token_times_s)} of {request.num_output_tokens} tokens"
     return Times(
         num_prompt_tokens=len(request.prompt),
