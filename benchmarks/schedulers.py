@@ -84,7 +84,11 @@ def stream_requests(repetition: int) -> list[Request]:
     rng = np.random.default_rng([1, repetition])
     streams = [Request(at_s=0.0, prompt=words(rng, 64), num_output_tokens=220) for _ in range(STREAMS)]
     late = [
-        Request(at_s=0.8 + 0.35 * number, prompt=words(rng, RECOMPUTED_TOKENS), num_output_tokens=2)
+        Request(
+            at_s=0.8 + 0.35 * number + float(rng.uniform(0, 0.2)),
+            prompt=words(rng, RECOMPUTED_TOKENS),
+            num_output_tokens=2,
+        )
         for number in range(RECOMPUTES)
     ]
     return [*streams, *late]
@@ -115,13 +119,14 @@ def stream_warm(repetition: int) -> list[Request]:
 
 # B. Half the memory.
 
-HALF_REQUESTS, HALF_BLOCKS = 64, 64 * (320 + 256) // 2 // BLOCK_SIZE
+HALF_REQUESTS = 96
+HALF_BLOCKS = HALF_REQUESTS * (320 + 256) // 2 // BLOCK_SIZE
 
 
 def memory_requests(repetition: int, number: int = HALF_REQUESTS, seed: int = 3) -> list[Request]:
     rng = np.random.default_rng([seed, repetition])
     return [
-        Request(at_s=0.06 * place, prompt=words(rng, rng.integers(128, 513)), num_output_tokens=1024, may_end=True)
+        Request(at_s=0.02 * place, prompt=words(rng, rng.integers(128, 513)), num_output_tokens=1024, may_end=True)
         for place in range(number)
     ]
 
@@ -359,16 +364,18 @@ async def run(options: argparse.Namespace) -> dict[str, list[dict[str, Figures]]
     return results
 
 
-def report(results: dict[str, list[dict[str, Figures]]], found: dict[str, str], options: argparse.Namespace) -> str:
-    """As Markdown: medians of the repetitions with least and most, and the same of the ratios of pairs."""
-    parts = [
-        "# Our schedulers against vLLM's own, on the same split",
-        "",
+def about(options: argparse.Namespace) -> str:
+    """What was run."""
+    return (
         f"**Emulated**: {PROFILE}, step times a guess (see its `source`), dilation k = {options.dilation:g}, link "
         f"nvlink. {options.repetitions} repetitions; in each, both sides ran at the same time on the same requests. "
-        "Medians, least and most in brackets. Times are the device's.",
-        "",
-    ]
+        "Medians, least and most in brackets. Times are the device's."
+    )
+
+
+def report(results: dict[str, list[dict[str, Figures]]], found: dict[str, str], about: str) -> str:
+    """As Markdown: medians of the repetitions with least and most, and the same of the ratios of pairs."""
+    parts = ["# Our schedulers against vLLM's own, on the same split", "", about, ""]
     for row in ROWS:
         runs = results.get(row.name)
         if not runs:
@@ -401,7 +408,7 @@ def main() -> None:
     with OtherLoad() as other_load:
         results = asyncio.run(run(options))
     found = facts("benchmarks.schedulers", other_load)
-    text = report(results, found, options)
+    text = report(results, found, about(options))
     print(text)
     if options.out is not None:
         (options.out / "schedulers.md").write_text(text)

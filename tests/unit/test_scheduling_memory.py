@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_disagg.core.latency import LatencyModel, Regime, StepWork, work_of
-from vllm_disagg.core.scheduling.growth import OutputLengths, has_room, peak_blocks
+from vllm_disagg.core.scheduling.growth import (
+    LEAST_QUANTILE,
+    OutputLengths,
+    has_room,
+    next_headroom,
+    peak_blocks,
+    quantile_of,
+)
 from vllm_disagg.core.scheduling.hints import BOUNDS, PRIORITY, TPOT, TTFT, clean, hints_of
 from vllm_disagg.core.scheduling.pace import critical_length, prompt_tokens_beside
 from vllm_disagg.core.scheduling.refine import MIN_STEPS, StepTimes
@@ -44,20 +52,22 @@ def test_whoever_is_admitted_finds_memory_to_the_end(
 
 
 def test_expected_lengths_follow_what_was_seen() -> None:
-    lengths = OutputLengths(quantile=0.75)
-    assert lengths.remaining("chat", generated=0, most=4096) == 256  # nothing is known yet
+    lengths = OutputLengths()
+    assert lengths.remaining("chat", quantile=0.75, generated=0, most=4096) == 256  # nothing is known yet
     for value in range(1, 101):
         lengths.add("chat", value)
     for _ in range(20):
         lengths.add("code", 1000)
 
-    assert lengths.remaining("chat", generated=0, most=4096) == 76
-    assert lengths.remaining("chat", generated=60, most=4096) == 91 - 60  # of those that were longer than 60
-    assert lengths.remaining("chat", generated=0, most=40) == 40
-    assert lengths.remaining("chat", generated=40, most=40) == 0
-    assert lengths.remaining("code", generated=0, most=4096) == 1000
-    assert lengths.remaining("new", generated=0, most=4096) >= 76  # a kind without answers: all kinds
-    assert 1 <= lengths.remaining("chat", generated=5000, most=10**6) <= 5000
+    assert lengths.remaining("chat", quantile=0.75, generated=0, most=4096) == 76
+    assert (
+        lengths.remaining("chat", quantile=0.75, generated=60, most=4096) == 91 - 60
+    )  # of those that were longer than 60
+    assert lengths.remaining("chat", quantile=0.75, generated=0, most=40) == 40
+    assert lengths.remaining("chat", quantile=0.75, generated=40, most=40) == 0
+    assert lengths.remaining("code", quantile=0.75, generated=0, most=4096) == 1000
+    assert lengths.remaining("new", quantile=0.75, generated=0, most=4096) >= 76  # a kind without answers: all kinds
+    assert 1 <= lengths.remaining("chat", quantile=0.75, generated=5000, most=10**6) <= 5000
 
 
 @law
@@ -67,9 +77,16 @@ def test_expected_lengths_stay_within_what_is_allowed(values: list[int], generat
     for value in values:
         lengths.add("k", value)
 
-    remaining = lengths.remaining("k", generated=generated, most=most)
+    remaining = lengths.remaining("k", quantile=0.75, generated=generated, most=most)
 
     assert remaining == 0 if generated >= most else 1 <= remaining <= most - generated
+
+
+def test_successive_requests_spread_over_all_quantiles() -> None:
+    for first in (1, 50, 1000):
+        found = sorted(quantile_of(number) for number in range(first, first + 20))
+        assert found[0] >= LEAST_QUANTILE and found[-1] < 1
+        assert max(b - a for a, b in pairwise(found)) < 0.09  # 20 even ones would be 0.045 apart
 
 
 def test_old_answers_and_old_kinds_are_forgotten() -> None:
@@ -79,8 +96,18 @@ def test_old_answers_and_old_kinds_are_forgotten() -> None:
     for _ in range(64):
         lengths.add("k", 300)
 
-    assert lengths.remaining("k", generated=0, most=9999) == 300
+    assert lengths.remaining("k", quantile=0.75, generated=0, most=9999) == 300
     assert len(lengths._kinds) <= 256
+
+
+def test_preemptions_widen_the_headroom_and_calm_steps_take_it_back() -> None:
+    headroom = 0.0
+    for _ in range(30):
+        headroom = next_headroom(headroom, preempted=2)
+    assert headroom == pytest.approx(0.2)
+    for _ in range(700):
+        headroom = next_headroom(headroom, preempted=0)
+    assert 0.08 < headroom < 0.12
 
 
 # Budgets.

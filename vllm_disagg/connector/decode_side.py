@@ -372,14 +372,10 @@ class DecodeSide:
         """Sets of blocks that will have to be given back."""
         return len(self._draining)
 
-    def num_spare_blocks(self, request: Request) -> int:
-        """Blocks that are not free, and that this request could have: those with its own early KV, and the reserve,
-        which goes back as memory gets short."""
-        if self._reserve is None:
-            return 0
+    def num_early_blocks(self, request: Request) -> int:
+        """Blocks with this request's own early KV: not free, but its own as soon as it is admitted."""
         fetch = self._by_request.get(request.request_id)
-        own = sum(map(len, fetch.blocks)) if fetch is not None and fetch.early else 0
-        return own + self._reserve.num_blocks
+        return sum(map(len, fetch.blocks)) if fetch is not None and fetch.early else 0
 
     @property
     def num_followed(self) -> int:

@@ -316,9 +316,9 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
         """KV blocks that prefill keeps for decode."""
         return 0 if self._prefill is None else self._prefill.num_held_blocks
 
-    def num_spare_blocks(self, request: Request) -> int:
-        """KV blocks that this request could have beside the free ones; see `DecodeSide.num_spare_blocks`."""
-        return 0 if self._decode is None else self._decode.num_spare_blocks(request)
+    def num_early_blocks(self, request: Request) -> int:
+        """See `DecodeSide.num_early_blocks`."""
+        return 0 if self._decode is None else self._decode.num_early_blocks(request)
 
     def reset_cache(self) -> bool | None:
         """The KV cache is being reset, for new weights perhaps: nothing that is held may be read any more."""

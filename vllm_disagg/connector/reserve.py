@@ -124,12 +124,6 @@ class Reserve:
             surplus = self._withdraw(num_reserved - target)
         pool.free_blocks([pool.blocks[block] for block in surplus])
 
-    @property
-    def num_blocks(self) -> int:
-        """Blocks in reserve now."""
-        with self._lock:
-            return len(self)
-
     def __len__(self) -> int:
         return len(self._usable) + sum(map(len, self._ageing))
 

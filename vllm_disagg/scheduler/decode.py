@@ -218,7 +218,7 @@ class DecodeMixin(PlannedMixin):
         if self._holders is None:
             self._holders = {item.request_id: self._holding(item) for item in self._holding_at_first}
         holders = self._holders.values()
-        free = self.kv_cache_manager.block_pool.get_num_free_blocks() + self.connector.num_spare_blocks(request)
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks() + self.connector.num_early_blocks(request)
         usable = sum(held for held, _ in holders) + free
         room = int(usable * (1 - self._headroom))
         self._short_of_room = not has_room(holders, self._expected(request), usable_blocks=room)
@@ -239,7 +239,12 @@ class DecodeMixin(PlannedMixin):
     def _holding(self, request: Request) -> tuple[int, int]:
         """`(held, growth)`: blocks that a request has, and those that it is expected to take yet."""
         most = min(request.max_tokens, self.max_model_len - request.num_prompt_tokens)
-        remaining = self._lengths.remaining(self._kind(request), generated=request.num_output_tokens, most=most)
+        remaining = self._lengths.remaining(
+            self._kind(request),
+            quantile=self.facts_of(request).quantile,
+            generated=request.num_output_tokens,
+            most=most,
+        )
         held = -(-request.num_computed_tokens // self.block_size)
         return held, max(0, -(-(request.num_tokens + remaining) // self.block_size) - held)
 

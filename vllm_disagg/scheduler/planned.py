@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_disagg.config import EngineSettings
+from vllm_disagg.core.scheduling.growth import quantile_of
 from vllm_disagg.core.scheduling.hints import Hints, clean, hints_of
 from vllm_disagg.profiles import load_profile
 from vllm_disagg.scheduler.measure import Measure, memory_file
@@ -41,12 +42,14 @@ class Facts:
         hints: what it was promised.
         first_s: when it had its first token.
         passes: steps that went past it while it was first in line and found no memory.
+        quantile: of the lengths of past answers, the one that it is expected to reach.
     """
 
     arrived_s: float
     hints: Hints
     first_s: float | None = None
     passes: int = 0
+    quantile: float = 0.5
 
 
 class PlannedMixin(SafetyMixin):
@@ -56,6 +59,7 @@ class PlannedMixin(SafetyMixin):
         super().__init__(*args, **kwargs)
         self.settings: EngineSettings = self.connector.settings
         self.facts: dict[str, Facts] = {}
+        self._num_requests = 0
         self.measure = self._begin_measuring()
         self._waits: dict[str, float] = {}
         self._plans = self.settings.scheduling == "phase" and self._can_plan()
@@ -89,8 +93,7 @@ class PlannedMixin(SafetyMixin):
     def add_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Note what the request was promised."""
         super().add_request(request, *args, **kwargs)
-        if request.request_id not in self.facts:
-            self.facts[request.request_id] = Facts(arrived_s=time.monotonic(), hints=self._hints(request))
+        self.facts_of(request)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.facts.pop(request.request_id, None)
@@ -192,10 +195,13 @@ class PlannedMixin(SafetyMixin):
         )
 
     def facts_of(self, request: Request) -> Facts:
-        """What is kept of a request; made up where it came in by a way that is not ours."""
+        """What is kept of a request; noted now where it is not yet."""
         found = self.facts.get(request.request_id)
         if found is None:
-            found = Facts(arrived_s=time.monotonic(), hints=self._hints(request))
+            self._num_requests += 1
+            found = Facts(
+                arrived_s=time.monotonic(), hints=self._hints(request), quantile=quantile_of(self._num_requests)
+            )
             self.facts[request.request_id] = found
         return found
 

@@ -3,7 +3,9 @@
 A request's KV grows with every token it generates. Admitted by its prompt alone it may find the cache full later, and
 then somebody loses all KV and computes it again. So the lengths of past answers say how far each request will grow, and
 the most blocks that all of them will need at one time have to fit: the rule of the Past-Future scheduler (Gong et al.,
-ASPLOS 2025), with a quantile in place of its sampling.
+ASPLOS 2025). It draws a length for each request; here each has a quantile of its own for all of its life, and the
+quantiles of successive requests are spread evenly: some will end soon and make room for others that grow, and to expect
+one length of all of them would leave that room empty.
 """
 
 from __future__ import annotations
@@ -13,13 +15,19 @@ from collections import deque
 from collections.abc import Hashable, Iterable
 from typing import Final
 
-QUANTILE: Final = 0.75
-"""Of the lengths of past answers: what a request is expected to reach."""
+LEAST_QUANTILE: Final = 0.2
+"""Nobody is expected to be among the shortest fifth: a little too much is expected of all."""
 
+_GOLDEN: Final = 0.6180339887498949
 _WINDOW: Final = 512
 _ENOUGH: Final = 16
 _PRIOR: Final = 256
 _MAX_KEYS: Final = 256
+
+
+def quantile_of(number: int) -> float:
+    """The quantile of the number-th request. Fractions of multiples of the golden ratio lie evenly in each stretch."""
+    return LEAST_QUANTILE + (1 - LEAST_QUANTILE) * (number * _GOLDEN % 1.0)
 
 
 class OutputLengths:
@@ -29,13 +37,12 @@ class OutputLengths:
     `window` answers of a kind count; of kinds, the last `_MAX_KEYS` that had an answer.
 
     Args:
-        quantile: between 0 and 1.
         window: answers that are remembered of each kind.
         prior: tokens that an answer is expected to have before anything is known.
     """
 
-    def __init__(self, *, quantile: float = QUANTILE, window: int = _WINDOW, prior: int = _PRIOR) -> None:
-        self._quantile, self._window, self._prior = quantile, window, prior
+    def __init__(self, *, window: int = _WINDOW, prior: int = _PRIOR) -> None:
+        self._window, self._prior = window, prior
         self._kinds: dict[Hashable, _Window] = {}
         self._all = _Window(window)
 
@@ -48,7 +55,7 @@ class OutputLengths:
         window.add(length)
         self._all.add(length)
 
-    def remaining(self, kind: Hashable, *, generated: int, most: int) -> int:
+    def remaining(self, kind: Hashable, *, quantile: float, generated: int, most: int) -> int:
         """How many more tokens a request will generate.
 
         The quantile is taken of those past answers that were longer than `generated`: what a request has already
@@ -56,6 +63,7 @@ class OutputLengths:
 
         Args:
             kind: as in `add`.
+            quantile: which one; see `quantile_of`.
             generated: tokens it has.
             most: tokens it may have in all, its `max_tokens`.
 
@@ -71,7 +79,7 @@ class OutputLengths:
         if len(window) < _ENOUGH:
             expected = max(self._prior, 2 * generated)
         else:
-            expected = window.above(generated, self._quantile) or generated + max(_ENOUGH, generated // 4)
+            expected = window.above(generated, quantile) or generated + max(_ENOUGH, generated // 4)
         return min(left, max(1, expected - generated))
 
 
