@@ -264,8 +264,9 @@ def draw(folder: Path, file: Path) -> None:
         for label, color, wanted in (("streams alone", "0.75", False), ("with prompt tokens", "tab:red", True)):
             mine = [step for step in steps if any(new > 1 for _, new in step.requests) == wanted]
             axes.bar(
-                [step.at_s for step in mine], [1e3 * step.step_s for step in mine], width=[step.step_s for step in mine],
-                align="edge", color=color, edgecolor="white", linewidth=0.2, label=label,
+                [step.at_s for step in mine], [1e3 * step.step_s for step in mine],
+                width=[step.step_s for step in mine], align="edge", color=color, edgecolor="white", linewidth=0.2,
+                label=label,
             )  # fmt: skip
         axes.set_title(f"--kv-scheduling {side}", fontsize=9)
         axes.set_ylabel("step, ms")
