@@ -48,7 +48,8 @@ class DeviceClock:
             goes_on: whether it continues requests of the last step, so that the engine had work all the while.
 
         Returns:
-            When the last stage has finished it, on the same clock; before `now_s` where the host was too slow. Steps finish in the order of their launch.
+            When the last stage has finished it, on the same clock; before `now_s` where the host was too slow. Steps
+            finish in the order of their launch.
         """
         noise = math.exp(self._random.gauss(-(self._jitter**2) / 2, self._jitter)) if self._jitter else 1.0
         stage_s = (step_s * noise + self._overhead_s) * self._dilation / len(self._free_s)
