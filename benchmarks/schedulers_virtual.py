@@ -298,8 +298,8 @@ def main() -> None:
                 results.setdefault(row.name, []).append(found)
                 print(row.name, repetition, json.dumps(found), flush=True)
     about = (
-        f"**Emulated, in virtual time**: {PROFILE}, step times a guess (see its `source`). vLLM's scheduler, block pool "
-        "and our connector are real; a step takes what the profile says, the host nothing, a hand-over "
+        f"**Emulated, in virtual time**: {PROFILE}, step times a guess (see its `source`). vLLM's scheduler, block "
+        "pool and our connector are real; a step takes what the profile says, the host nothing, a hand-over "
         f"{1e3 * HANDOFF_S:g} ms. {options.repetitions} repetitions, each with requests of its own, the same on both "
         "sides. Medians, least and most in brackets."
     )
