@@ -90,6 +90,23 @@ async def test_what_each_engine_is_asked() -> None:
         assert client.total("dropped_fields_total") == 1
 
 
+async def test_targets_reach_both_engines_within_bounds_and_with_the_time_that_is_left() -> None:
+    xargs = {"slo_tpot_ms": 0, "slo_priority": "urgent", "mine": "x"}
+    async with one_and_one() as (client, prefill, decode):
+        body = {"prompt": PROMPT, "max_tokens": 4, "vllm_xargs": xargs}
+        headers = {"X-SLO-TTFT-Ms": "5000", "X-SLO-TPOT-Ms": "70", "X-SLO-Priority": "1"}
+        answer = await client.post("/v1/completions", body, headers=headers)
+
+        assert answer.status == 200
+        asked, then = (engine.requests()[0].json["vllm_xargs"] for engine in (prefill, decode))
+        assert asked.keys() == {"slo_ttft_ms", "slo_tpot_ms"}
+        assert 0 < then["slo_ttft_ms"] <= asked["slo_ttft_ms"] <= 5000
+        assert asked["slo_tpot_ms"] == then["slo_tpot_ms"] == 1.0  # what the body says prevails
+        assert then["mine"] == "x"
+        assert client.total("slo_hints_total", outcome="clamped") == 1
+        assert client.total("slo_hints_total", outcome="ignored") == 1
+
+
 async def test_chat_asks_prefill_for_the_prompt_and_decode_for_the_rest() -> None:
     sent = {"messages": CHAT, "max_tokens": 5, "max_completion_tokens": 6, "response_format": {"type": "text"}}
     async with one_and_one() as (client, prefill, decode):

@@ -21,6 +21,9 @@ FLOOR_TOKENS = 64
 FIRST_TOKENS = 256
 """Prompt tokens of a step beside streams, while nothing is known of how long they take."""
 
+PROMISE_STEPS = 8
+"""How often expected growth is reckoned anew while nobody comes or goes."""
+
 RECOMPUTED = "vllm_disagg_sched_preempted_tokens_total"
 FETCHED_AHEAD = "vllm_disagg_sched_fetched_ahead_total"
 
@@ -46,6 +49,7 @@ class DecodeMixin(PlannedMixin):
         self._holders: dict[str, tuple[int, int]] | None = None
         self._holding_at_first: list[Request] = []
         self._short_of_room = False
+        self._promised = (0, 0)
         self._max_active: int = self.max_num_active_reqs
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate
@@ -227,8 +231,12 @@ class DecodeMixin(PlannedMixin):
     def _num_promised(self) -> int:
         if not self._plans or not self.settings.early_reads:
             return 0
+        number = len(self.running) + len(self.kv_holding_waiting)
+        if number == self._promised[0] and self.current_step % PROMISE_STEPS:
+            return self._promised[1]
         holders = [self._holding(item) for item in (*self.running, *self.kv_holding_waiting)]
-        return peak_blocks(holders) - sum(held for held, _ in holders)
+        self._promised = number, peak_blocks(holders) - sum(held for held, _ in holders)
+        return self._promised[1]
 
     def _expected(self, request: Request) -> tuple[int, int]:
         """`(held, growth)` of a request that holds nothing yet, as if its prompt were here."""
