@@ -174,6 +174,7 @@ def speed_up(deployment: Deployment) -> None:
             server.inject()
 
 
+@pytest.mark.heavy
 async def test_cancelled_requests_leave_no_block_behind(deployment: Deployment) -> None:
     count, before = 300 if deployment.is_emulated else 100, steps(deployment)
     slow_down(deployment)

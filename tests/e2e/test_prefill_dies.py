@@ -7,6 +7,7 @@ import signal
 import time
 
 import aiohttp
+import pytest
 
 from tests.e2e import cases
 from tests.e2e.client import Answer, Case, ask, compare
@@ -70,6 +71,7 @@ async def test_killed_under_load_and_restarted(deployment: Deployment) -> None:
     assert verdict.different == []
 
 
+@pytest.mark.heavy
 async def test_frozen_under_load_and_thawed(deployment: Deployment) -> None:
     """A frozen peer answers nothing and closes nothing: only deadlines help. Each request ends within its own."""
     asked = requests(22_000)
