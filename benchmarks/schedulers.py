@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.emulated_goodput import late_steps
 from benchmarks.load import Request, Times, drive
 from benchmarks.machine import OtherLoad, fact_list, facts, table
 from tests.e2e.engines import EmulatedEngine, ForkHost, emulated_engine, fork_host, proxy
@@ -313,12 +314,6 @@ def metrics_of(engine: EmulatedEngine) -> dict[str, float]:
     for name, value in re.findall(r"^(\w+)(?:\{[^}]*\})? (\S+)$", text, re.MULTILINE):
         found[name] = found.get(name, 0.0) + float(value)
     return found
-
-
-def late_steps(folder: Path) -> int:
-    """Steps for which the host took longer than the device would have, as far as the engines have said so."""
-    texts = (log.read_text(errors="replace") for log in folder.glob("*.log"))
-    return sum(int(found) for text in texts for found in re.findall(r"late_steps=(\d+)", text))
 
 
 async def run_side(row: Row, side: str, repetition: int, host: ForkHost, folder: Path, k: float, gate: Any) -> Figures:
