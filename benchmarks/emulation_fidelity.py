@@ -22,7 +22,6 @@ import argparse
 import asyncio
 import json
 import os
-import pickle
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from benchmarks.load import LoadShape, Request, Times, drive, poisson
@@ -597,7 +597,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of the loads (default: 1)")
     parser.add_argument("--out", type=Path, help="write PATH.md and PATH.json")
     parser.add_argument("--keep", type=Path, help="folder in which the engines' logs, steps and the profile stay")
-    parser.add_argument("--real", type=Path, help="do not measure the real engine, but take a kept real.pickle")
+    parser.add_argument("--real", type=Path, help="do not measure the real engine, but take a kept real.json")
     options = parser.parse_args()
     options.cores = tuple(sorted(os.sched_getaffinity(0)))
     if len(options.cores) != 2:
@@ -617,11 +617,11 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         os.sched_setaffinity(0, {options.cores[-1]})
         if options.real:
-            measured: Measured = pickle.loads(options.real.read_bytes())
+            measured = msgspec.json.decode(options.real.read_bytes(), type=Measured)
             options.rates = tuple(sorted({run.rate_per_s for run in measured.runs}))
         else:
             measured = measure_real(options, folder)
-            (folder / "real.pickle").write_bytes(pickle.dumps(measured))
+            (folder / "real.json").write_bytes(msgspec.json.encode(measured))
         result = emulate(measured, options, folder)
     os.sched_setaffinity(0, options.cores)
     found = facts("benchmarks.emulation_fidelity", other_load)

@@ -39,7 +39,7 @@ from vllm_disagg.core.types import new_transfer_id
 from vllm_disagg.demo.model import smollm2_path
 from vllm_disagg.launcher.machine import free_ports
 
-OURS, IN_TREE, LATE = "ours", "NixlConnector", "ours, no early reads"
+OURS, IN_TREE, LATE, OTHER = "ours", "NixlConnector", "ours, no early reads", "ours, other checkout"
 TARGET: Final = 0.5
 """Ours over vLLM's own, at most."""
 
@@ -111,8 +111,12 @@ class Handover:
 
 
 @contextmanager
-def side(name: str, folder: Path, flags: Sequence[str] = ()) -> Iterator[Side]:
-    """A deployment, ready."""
+def side(name: str, folder: Path, checkout: Path | None) -> Iterator[Side]:
+    """A deployment, ready.
+
+    Args:
+        checkout: of another version of this project, for `OTHER`.
+    """
     folder.mkdir()
     key_file = folder / "key"
     create_key_file(key_file)
@@ -121,10 +125,13 @@ def side(name: str, folder: Path, flags: Sequence[str] = ()) -> Iterator[Side]:
         for index, role in enumerate(("prefill", "decode")):
             made = engine(
                 role, model=smollm2_path(), index=index, folder=folder, key_file=key_file,
-                role=None if name == IN_TREE else role, flags=(*FLAGS, *(flags if role == "decode" else ())),
+                role=None if name == IN_TREE else role,
+                flags=(*FLAGS, *(("--no-kv-early-reads",) if (name, role) == (LATE, "decode") else ())),
             )  # fmt: skip
             if name == IN_TREE:
                 made = in_tree(made, folder)
+            elif name == OTHER:
+                made = of_checkout(made, checkout)
             servers.append(made)
             stack.callback(made.kill)
             made.start()
@@ -141,6 +148,13 @@ def in_tree(server: Server, folder: Path) -> Server:
     env = {"PYTHONPATH": search, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_ports(1)[0])}
     argv = [*server.argv, "--kv-transfer-config", json.dumps(config)]
     return Server(name=server.name, argv=argv, log=server.log, env={**server.env, **env}, port=server.port)
+
+
+def of_checkout(server: Server, checkout: Path) -> Server:
+    """The same engine with another version of this project."""
+    python, *arguments = server.argv  # -P: not from the folder that this runs in
+    env = {**server.env, "PYTHONPATH": str(checkout)}
+    return Server(name=server.name, argv=[python, "-P", *arguments], log=server.log, env=env, port=server.port)
 
 
 def body(prompt: Sequence[int], num_tokens: int, **more: Any) -> dict[str, Any]:
@@ -306,6 +320,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=5, help="of each cell and repetition (default: 5)")
     parser.add_argument("--repetitions", type=int, default=3, help="(default: 3)")
     parser.add_argument("--without-early", action="store_true", help="also ours with --no-kv-early-reads")
+    parser.add_argument("--beside", type=Path, metavar="CHECKOUT", help="also another version of this project")
     parser.add_argument("--seed", type=int, default=1, help="of the prompts (default: 1)")
     parser.add_argument("--out", type=Path, help="write PATH.md and PATH.json")
     options = parser.parse_args()
@@ -323,10 +338,10 @@ def main() -> None:
     options = parse()
     stolen = Stolen(sorted(os.sched_getaffinity(0)))
     with OtherLoad() as other_load, tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        wanted = {OURS: (), IN_TREE: (), **({LATE: ("--no-kv-early-reads",)} if options.without_early else {})}
+        wanted = [OURS, IN_TREE, *([LATE] if options.without_early else []), *([OTHER] if options.beside else [])]
         sides = [
-            stack.enter_context(side(name, Path(scratch) / str(index), flags))
-            for index, (name, flags) in enumerate(wanted.items())
+            stack.enter_context(side(name, Path(scratch) / str(index), options.beside))
+            for index, name in enumerate(wanted)
         ]
         try:
             found = asyncio.run(measure(sides, options))
@@ -336,7 +351,7 @@ def main() -> None:
                     print(f"--- {made.name} {server.name}\n{server.log.read_text()[-3000:]}", file=sys.stderr)
             raise
     about = {**facts("benchmarks.handover", other_load), "cores stolen meanwhile": f"{stolen.share():.1%}"}
-    text = report(found, list(wanted), options, about)
+    text = report(found, wanted, options, about)
     print(text)
     if options.out is not None:
         options.out.with_suffix(".md").write_text(text)

@@ -42,6 +42,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     ),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids": ("self", "request_id"),
     "vllm.v1.engine.core:EngineCoreProc._process_input_queue": ("self",),
+    "vllm.v1.engine.core:EngineCoreProc._handle_client_request": ("self", "request_type", "request"),
     "vllm.v1.engine.core:EngineCoreProc.preprocess_add_request": ("self", "request"),
     "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1.bind_gpu_block_pool": (
         "self", "gpu_block_pool",

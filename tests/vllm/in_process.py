@@ -37,6 +37,7 @@ from vllm_disagg.core.keys import create_key_file
 from vllm_disagg.core.types import new_transfer_id
 from vllm_disagg.demo.model import tiny_llama_path
 from vllm_disagg.plugin import register
+from vllm_disagg.scheduler.wakeup import LONGEST_SLEEP_S
 from vllm_disagg.transport.loopback import LoopbackTransport
 
 BLOCK_SIZE = 32
@@ -274,11 +275,15 @@ class Engine:
 
     def run_until(self, condition: Any, what: str = "condition") -> None:
         """Step, as the engine loop does while it has work or is woken, until the condition holds."""
-        deadline_s = time.monotonic() + WAIT_S
+        now_s = time.monotonic()
+        deadline_s, asleep_s = now_s + WAIT_S, now_s
         while not condition():
-            assert time.monotonic() < deadline_s, f"{self.role}: {what} did not come within {WAIT_S} s"
-            if self.scheduler.has_requests():
+            now_s = time.monotonic()
+            assert now_s < deadline_s, f"{self.role}: {what} did not come within {WAIT_S} s"
+            sleeps = self.scheduler.only_awaits_kv and now_s < asleep_s + LONGEST_SLEEP_S
+            if self.scheduler.has_requests() and not sleeps:
                 self.step()
+                asleep_s = time.monotonic()
             time.sleep(0.001)  # as vLLM's engine loop does between empty steps
 
     def run_until_finished(self, request_id: str) -> Any:

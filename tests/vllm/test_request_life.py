@@ -77,6 +77,41 @@ def test_prefill_holds_the_blocks_while_vllm_has_forgotten_the_request(pair: Pai
     pair.decode.run_until_finished(pair.decode.add(prompt(100), params, max_tokens=2))
 
 
+def test_an_engine_sleeps_while_every_request_is_parked_and_until_then_only(pair: Pair) -> None:
+    params, scheduler = pair.prefilled(prompt(70)), pair.decode.scheduler
+    pair.prefill.transport.frozen = True
+    assert not scheduler.only_awaits_kv  # there is nothing to wait for
+
+    request_id = pair.decode.add(prompt(70), params, max_tokens=2)
+    assert not scheduler.only_awaits_kv
+    pair.decode.run_until(lambda: pair.decode.parked(request_id), "parking")
+    assert scheduler.only_awaits_kv
+
+    other = pair.decode.add(prompt(20), None, max_tokens=2)
+    assert not scheduler.only_awaits_kv
+    pair.decode.run_until_finished(other)
+    assert not scheduler.only_awaits_kv  # the workers are still to be told
+    pair.decode.step()
+    assert scheduler.only_awaits_kv
+
+    pair.prefill.transport.frozen = False
+    pair.decode.run_until(lambda: scheduler.connector.has_pending_push_work(), "word of the KV")
+    assert not scheduler.only_awaits_kv
+    pair.decode.run_until_finished(request_id)
+
+
+def test_an_engine_sleeps_until_a_request_that_left_while_parked_can_be_freed(pair: Pair) -> None:
+    params, scheduler = pair.prefilled(prompt(70)), pair.decode.scheduler
+    pair.prefill.transport.frozen = True
+    request_id = pair.decode.add(prompt(70), params, max_tokens=2)
+    pair.decode.run_until(lambda: pair.decode.parked(request_id), "parking")
+    pair.decode.abort(request_id)
+    assert not scheduler.only_awaits_kv  # the workers are still to be told
+
+    pair.decode.run_until(lambda: not scheduler.has_requests(), "rest")
+    pair.prefill.transport.frozen = False
+
+
 def test_blocks_are_not_reused_while_they_are_held(pair: Pair) -> None:
     params = pair.prefilled(prompt(100, seed=1))
     for seed in range(2, 20):  # more prompts than the cache has room for beside the held one

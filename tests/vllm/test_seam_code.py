@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from vllm_disagg.connector.worker_side import segments_of
 from vllm_disagg.core.types import new_transfer_id
 from vllm_disagg.frontend import RELEASE_PATH, STATUS_PATH, DisaggFrontend
 from vllm_disagg.scheduler import wakeup
+from vllm_disagg.scheduler.safety import SafetyMixin
 from vllm_disagg.transport.layout import RankLayout
 
 pytestmark = pytest.mark.vllm
@@ -217,7 +219,9 @@ def test_the_engine_learns_once_how_to_be_woken(monkeypatch: pytest.MonkeyPatch)
     told: list[Any] = []
     monkeypatch.setattr(DisaggConnector, "on_wake", lambda self, wake: told.append(wake))
     connector = DisaggConnector.__new__(DisaggConnector)
-    engine = SimpleNamespace(scheduler=SimpleNamespace(connector=connector), input_queue=queue.Queue())
+    engine = SimpleNamespace(
+        scheduler=SimpleNamespace(connector=connector), input_queue=queue.Queue(), batch_queue=None
+    )
 
     EngineCoreProc._process_input_queue(engine)
     EngineCoreProc._process_input_queue(engine)
@@ -226,6 +230,53 @@ def test_the_engine_learns_once_how_to_be_woken(monkeypatch: pytest.MonkeyPatch)
 
     assert read == [engine, engine]
     assert engine.input_queue.get_nowait() == (EngineCoreRequestType.WAKEUP, None)
+
+
+class Parked(SafetyMixin):
+    """A scheduler that has nothing but parked requests."""
+
+    only_awaits_kv = True
+
+    def __init__(self) -> None:
+        self.connector = None
+
+
+def test_an_engine_that_awaits_kv_sleeps_until_something_comes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine.core import EngineCoreProc
+
+    handled: list[Any] = []
+    monkeypatch.setattr(EngineCoreProc, "_process_input_queue", lambda self: handled.append("read"))
+    wakeup.install()
+    engine = SimpleNamespace(
+        scheduler=Parked(), batch_queue=None, input_queue=queue.Queue(),
+        _handle_client_request=lambda *item: handled.append(item),
+    )  # fmt: skip
+    loop = threading.Thread(target=EngineCoreProc._process_input_queue, args=(engine,))
+    monkeypatch.setattr(wakeup, "LONGEST_SLEEP_S", 60.0)
+
+    loop.start()
+    loop.join(timeout=0.1)
+    assert loop.is_alive() and handled == []
+    engine.input_queue.put(("abort", ["a"]))
+    loop.join(timeout=10.0)
+
+    assert handled == [("abort", ["a"]), "read"]
+
+
+@pytest.mark.parametrize(("parked", "in_flight"), [(True, None), (False, None), (True, ["a batch"])])
+def test_an_engine_never_sleeps_for_long_nor_while_batches_are_in_flight(
+    monkeypatch: pytest.MonkeyPatch, parked: bool, in_flight: list[str] | None
+) -> None:
+    from vllm.v1.engine.core import EngineCoreProc
+
+    monkeypatch.setattr(EngineCoreProc, "_process_input_queue", lambda self: "read")
+    monkeypatch.setattr(wakeup, "LONGEST_SLEEP_S", 0.0 if parked and not in_flight else 60.0)
+    wakeup.install()
+    scheduler = Parked()
+    monkeypatch.setattr(Parked, "only_awaits_kv", parked)
+    engine = SimpleNamespace(scheduler=scheduler, batch_queue=in_flight, input_queue=queue.Queue())
+
+    assert EngineCoreProc._process_input_queue(engine) == "read"
 
 
 def test_an_engine_with_another_connector_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

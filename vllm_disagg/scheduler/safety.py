@@ -50,6 +50,21 @@ class SafetyMixin(_Base):
         self._after(output)
         return output
 
+    @property
+    def only_awaits_kv(self) -> bool:
+        """Whether a step could do nothing yet: there are requests, and each is parked until its KV has come, or has
+        ended while it was. The connector wakes the engine when there is something to do."""
+        from vllm.v1.request import RequestStatus
+
+        if self.running or self.finished_req_ids or self.finished_recving_kv_req_ids or not self.requests:
+            return False
+        if self.connector.has_pending_push_work():
+            return False
+        return all(
+            request.status == RequestStatus.WAITING_FOR_REMOTE_KVS or RequestStatus.is_finished(request.status)
+            for request in self.requests.values()
+        )
+
     def _num_promised(self) -> int:
         """Blocks that running requests are expected to grow by."""
         return 0
