@@ -3,7 +3,7 @@
 vLLM's engine loop blocks on its input queue when no request wants a step, and has no way for a connector to end that
 sleep. The queue does know a harmless item, which vLLM uses for its own shutdown; this module learns the queue by
 wrapping the method that reads it. Without it the engine polls a thousand times a second while blocks are held, or while
-requests are parked until their KV has come: each of these polls is a whole step, for which workers wake up too, beside a
+requests are parked until their KV has come: each of these polls is a whole step, for which workers wake too, beside a
 thread that is reading the KV. Recorded in `patches/README.md`.
 """
 
