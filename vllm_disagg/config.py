@@ -137,6 +137,12 @@ class EngineSettings:
         """The longest that any hold lives, however often it is renewed."""
         return self.lease_s * 10
 
+    @property
+    def stall_s(self) -> float:
+        """How long nothing may arrive from a prefill worker while reads are under way: then its engine is asked to
+        serve, and after as long again the link is built anew."""
+        return self.pull_timeout_s / 5
+
     def to_extra_config(self) -> dict[str, Any]:
         """The plain dict that `KVTransferConfig.kv_connector_extra_config` carries."""
         return dataclasses.asdict(self)

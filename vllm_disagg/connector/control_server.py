@@ -27,6 +27,8 @@ from vllm_disagg.connector.messages import (
     FromPrefill,
     Hello,
     NotHere,
+    Nudge,
+    Nudged,
     OpenProbe,
     ProbeFilled,
     ProbeOpened,
@@ -47,6 +49,7 @@ from vllm_disagg.core.fingerprint import check_compatible
 from vllm_disagg.core.types import EngineId, TransferId, new_nonce, new_transfer_id
 from vllm_disagg.core.verify import DigestJob
 from vllm_disagg.errors import ConfigError, IncompatiblePeer
+from vllm_disagg.transport.base import CANCEL_BOUND_S
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,10 @@ HANDSHAKE_GRACE_S = 5.0
 MAX_REQUEST_BYTES = 256 * 1024
 """The longest frame that prefill receives, from strangers too: a greeting has some 2 KiB, a renewal 33 bytes for each
 transfer (`messages.RENEWALS_PER_FRAME`)."""
+
+DRAIN_GRACE_S = CANCEL_BOUND_S
+"""How long workers serve peers after the last hold: a read that was given up must be able to end, or its reader tears
+the connection down, which over emulated links can end the worker's process."""
 
 _MAX_FRAMES_PER_TURN = 256
 _MAX_PROBES = 64
@@ -90,7 +97,7 @@ class PrefillControl:
         self._mailbox: Mailbox[Literal["granted", "stop"] | DigestJob] = Mailbox()
         self._vouchers: dict[TransferId, Voucher] = {}
         self._serve_until_s = 0.0
-        self._serving = False
+        self._serving = self._held = False
         self._guard = Guard("control")
         self.num_bad_frames = 0
         self._digests: list[bytes | None] = [None for _ in worker_links]
@@ -166,11 +173,18 @@ class PrefillControl:
         return int(min(waits) * 1000) + 1 if waits else None
 
     def _direct_workers(self) -> None:
-        wanted = len(self._holds) > 0 or time.monotonic() < self._serve_until_s
+        held, now_s = len(self._holds) > 0, time.monotonic()
+        if self._held and not held:
+            self._serve_for(DRAIN_GRACE_S)
+        self._held = held
+        wanted = held or now_s < self._serve_until_s
         if wanted != self._serving:
             self._serving = wanted
             for link in self._links:
                 send_now(link, messages.encode(Progress(active=wanted)))
+
+    def _serve_for(self, seconds: float) -> None:
+        self._serve_until_s = max(self._serve_until_s, time.monotonic() + seconds)
 
     def _requests(self) -> Iterator[tuple[bytes, list[bytes]]]:
         for _ in range(_MAX_FRAMES_PER_TURN):  # then look after leases, however many frames wait
@@ -234,7 +248,7 @@ class PrefillControl:
                 sender, release = voucher.asked
                 send_now(self._router, sender, messages.encode(self._answer(release)))
 
-    def _answer(self, message: Hello | Renew | Release | Forbid) -> FromPrefill:
+    def _answer(self, message: Hello | Renew | Release | Forbid | Nudge) -> FromPrefill:
         match message:
             case Hello():
                 return self._greet(message)
@@ -247,6 +261,8 @@ class PrefillControl:
                 return Released(transfer_id=message.transfer_id, ok=ok)
             case Forbid():
                 return Released(transfer_id=message.transfer_id, ok=self._holds.forbid(message.transfer_id))
+            case Nudge():
+                return self._nudged(message)
 
     def _greet(self, hello: Hello) -> FromPrefill:
         if hello.engine_id != self._engine_id:
@@ -260,8 +276,17 @@ class PrefillControl:
             return Refused(
                 engine_id=self._engine_id, factor=refusal.factor, prefill=refusal.ours, decode=refusal.theirs
             )
-        self._serve_until_s = time.monotonic() + HANDSHAKE_GRACE_S
+        self._serve_for(HANDSHAKE_GRACE_S)
         return Welcome(engine_id=self._engine_id, ranks=self._ranks)
+
+    def _nudged(self, nudge: Nudge) -> FromPrefill:
+        if nudge.engine_id != self._engine_id:
+            return NotHere(expected=nudge.engine_id)
+        logger.warning("control.nudged serving=%s held=%d: reads of a decode instance stand still", self._serving,
+                       len(self._holds))  # fmt: skip
+        self._serve_for(HANDSHAKE_GRACE_S)
+        self._serving = False  # so that the workers are told again, whatever they have heard
+        return Nudged(engine_id=self._engine_id)
 
     # Probes.
 

@@ -4,6 +4,7 @@
 2  segments tell which heads they hold and how these lie; a worker is told of all ranks of a peer
 3  digests of KV blocks
 4  probes: ranks offer memory for them
+5  a decode engine whose reads stand still says so
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from vllm_disagg.core.verify import DigestJob, HeadSums
 from vllm_disagg.transport.base import Region
 from vllm_disagg.transport.layout import RankLayout
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 RENEWALS_PER_FRAME = 4096
 """Transfers in one `Renew`, so that it stays far below what prefill receives."""
@@ -81,6 +82,12 @@ class OpenProbe(_Message, frozen=True):
     engine_id: EngineId
 
 
+class Nudge(_Message, frozen=True):
+    """My reads from you stand still: see that your workers serve. Answered with `Nudged`."""
+
+    engine_id: EngineId
+
+
 # Prefill's answers.
 
 
@@ -131,6 +138,12 @@ class ProbeOpened(_Message, frozen=True):
     digests: tuple[bytes, ...]
 
 
+class Nudged(_Message, frozen=True):
+    """I live, and my workers were told once more to serve."""
+
+    engine_id: EngineId
+
+
 # An engine's core to its workers.
 
 
@@ -153,9 +166,15 @@ class DisconnectPeer(_Message, frozen=True):
     engine_id: EngineId
 
 
+class RebuildLinks(_Message, frozen=True):
+    """That engine lives, and reads from it stand still: read over new links from those of its ranks."""
+
+    engine_id: EngineId
+
+
 class BeginRead(_Message, frozen=True):
-    """Read these blocks of that engine into our own, pairwise in each group, now. Then make the digests that are
-    wanted."""
+    """Read these blocks of that engine into our own, pairwise in each group, now. Then make the digests that `verify`
+    asks for, of what has arrived. Ends as one `ReadEnded`."""
 
     transfer_id: TransferId
     engine_id: EngineId
@@ -210,6 +229,14 @@ class ReadEnded(_Message, frozen=True):
     sums: tuple[HeadSums, ...] = ()
 
 
+class LinkStalled(_Message, frozen=True):
+    """Nothing has come from that engine for so many limits of the watch (`link_watch`), although reads are under
+    way."""
+
+    engine_id: EngineId
+    limits: int
+
+
 class BlocksDigested(_Message, frozen=True):
     """This worker's part of the sums. Nothing can be compared with them if there is an `error`."""
 
@@ -230,10 +257,20 @@ class ProbeEnded(_Message, frozen=True):
     report: WorkerReport
 
 
-ToPrefill = Hello | Renew | Release | Forbid | OpenProbe
-FromPrefill = Welcome | Refused | NotHere | Renewed | Released | ProbeOpened
-ToWorker = Progress | ConnectPeer | DisconnectPeer | BeginRead | CancelRead | DigestBlocks | FillProbe | RunProbe
-FromWorker = PeerState | ReadEnded | BlocksDigested | ProbeFilled | ProbeEnded
+ToPrefill = Hello | Renew | Release | Forbid | OpenProbe | Nudge
+FromPrefill = Welcome | Refused | NotHere | Renewed | Released | ProbeOpened | Nudged
+ToWorker = (
+    Progress
+    | ConnectPeer
+    | DisconnectPeer
+    | RebuildLinks
+    | BeginRead
+    | CancelRead
+    | DigestBlocks
+    | FillProbe
+    | RunProbe
+)
+FromWorker = PeerState | ReadEnded | LinkStalled | BlocksDigested | ProbeFilled | ProbeEnded
 
 to_prefill: msgspec.msgpack.Decoder[ToPrefill] = msgspec.msgpack.Decoder(ToPrefill)
 from_prefill: msgspec.msgpack.Decoder[FromPrefill] = msgspec.msgpack.Decoder(FromPrefill)

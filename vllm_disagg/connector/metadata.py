@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
 
-from vllm_disagg.connector.worker_thread import ReadJob
+from vllm_disagg.connector.messages import BeginRead
 from vllm_disagg.transport.base import Region
 from vllm_disagg.transport.layout import RankLayout
 
@@ -15,7 +15,7 @@ from vllm_disagg.transport.layout import RankLayout
 class StepMetadata(KVConnectorMetadata):
     """The reads that begin with this step, whose blocks this step's scheduling has allocated."""
 
-    reads: tuple[ReadJob, ...] = ()
+    reads: tuple[BeginRead, ...] = ()
 
 
 @dataclass(frozen=True)

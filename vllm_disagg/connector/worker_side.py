@@ -108,6 +108,7 @@ class WorkerSide:
             digester=digester,
             spread=spread,
             probe=probe,
+            stall_s=self._settings.stall_s,
         )
         descriptor = self._thread.start()
         self._metadata = WorkerMetadata(

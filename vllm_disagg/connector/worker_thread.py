@@ -5,6 +5,7 @@ the other. It sleeps unless the engine's core writes, a read is under way, or pe
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import zmq
 from vllm_disagg.connector import messages
 from vllm_disagg.connector.digests import Digested, Digester
 from vllm_disagg.connector.guard import Guard
+from vllm_disagg.connector.link_watch import LinkWatch
 from vllm_disagg.connector.mailbox import Mailbox
 from vllm_disagg.connector.messages import (
     BeginRead,
@@ -25,12 +27,14 @@ from vllm_disagg.connector.messages import (
     DisconnectPeer,
     FillProbe,
     FromWorker,
+    LinkStalled,
     PeerState,
     ProbeEnded,
     ProbeFilled,
     Progress,
     RankInfo,
     ReadEnded,
+    RebuildLinks,
     RunProbe,
     ToWorker,
 )
@@ -53,18 +57,6 @@ _MAX_EARLY_CANCELS = 1024
 
 SERVE_POLL_MS = 1
 """Between two rounds of serving peers: the owner's side of connections and reads."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReadJob:
-    """Fetch one request's blocks: `remote_blocks` of that engine into our `local_blocks`, pairwise in each group. Then
-    make the digests that `verify` asks for, of what has arrived."""
-
-    transfer_id: TransferId
-    engine_id: EngineId
-    local_blocks: BlockIds
-    remote_blocks: BlockIds
-    verify: DigestJob | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +115,7 @@ class WorkerThread:
         digester: makes digests of the worker's blocks.
         spread: see `plan_routes`.
         probe: memory for probes.
+        stall_s: how long nothing may arrive from a peer while reads from it are under way, before that is told.
     """
 
     def __init__(
@@ -134,14 +127,17 @@ class WorkerThread:
         digester: Digester,
         spread: int = 0,
         probe: ProbeMemory | None = None,
+        stall_s: float = math.inf,
     ) -> None:
         self._open_transport, self._layout = open_transport, layout
-        self._jobs: Mailbox[ReadJob | Digested | None] = Mailbox()
+        self._jobs: Mailbox[BeginRead | Digested | None] = Mailbox()
         self._digester, self._spread = digester, spread
         self._sources: dict[EngineId, list[_Source]] = {}
         self._pulls: dict[TransferId, _Pull] = {}
         self._by_handle: dict[int, _Pull] = {}
         self._cancelled: dict[TransferId, None] = {}
+        self._to_connect: dict[EngineId, ConnectPeer] = {}
+        self._watch = LinkWatch(stall_s)
         self._probe_memory = probe
         self._probe: ProbeRun | None = None
         self._serving = False
@@ -169,7 +165,7 @@ class WorkerThread:
             raise self._descriptor
         return self._descriptor
 
-    def submit(self, job: ReadJob) -> None:
+    def submit(self, job: BeginRead) -> None:
         """Start a read. It ends as one `ReadEnded` to the engine's core."""
         self._jobs.put(job)
 
@@ -202,8 +198,11 @@ class WorkerThread:
         self._guard.each(self._heard(), self._obey)
         jobs = self._jobs.take_all()
         self._guard.each((job for job in jobs if job is not None), self._take)
+        if self._to_connect:  # one in a turn, so that reads go on between them
+            self._guard.each([self._to_connect.pop(next(iter(self._to_connect)))], self._connect)
         if self._transport.num_active:
             self._guard.each(self._transport.poll(), self._ended)
+            self._look_at_links()
         if self._serving:
             self._transport.progress()
         if self._probe is not None:
@@ -211,7 +210,7 @@ class WorkerThread:
         return None not in jobs
 
     def _wait(self) -> None:
-        if self._probe is not None and self._probe.wants_turn:
+        if self._to_connect or (self._probe is not None and self._probe.wants_turn):
             return
         if self._transport.num_active:
             self._pause.wait(READ_POLL_S)
@@ -233,19 +232,14 @@ class WorkerThread:
             case Progress():
                 self._serving = message.active
             case ConnectPeer():
-                self._connect(message)
+                self._to_connect[message.engine_id] = message
             case DisconnectPeer():
+                self._to_connect.pop(message.engine_id, None)
                 self._disconnect(self._sources.pop(message.engine_id, ()))
+            case RebuildLinks():
+                self._rebuild(self._sources.get(message.engine_id, ()))
             case BeginRead():
-                self._begin(
-                    ReadJob(
-                        transfer_id=message.transfer_id,
-                        engine_id=message.engine_id,
-                        local_blocks=message.local_blocks,
-                        remote_blocks=message.remote_blocks,
-                        verify=message.verify,
-                    )
-                )
+                self._begin(message)
             case DigestBlocks():
                 self._digester.submit(message.job, self._jobs.put)
             case FillProbe():
@@ -278,14 +272,34 @@ class WorkerThread:
             self._disconnect(sources)
         else:
             self._sources[message.engine_id] = sources
+            for source in sources:
+                self._transport.warm(source.name)
         self._say(PeerState(engine_id=message.engine_id, error=error, misfit=misfit))
 
     def _disconnect(self, sources: Sequence[_Source]) -> None:
         for source in sources:
             self._transport.disconnect(source.name)
+            self._watch.forget(source.name)
 
-    def _take(self, item: ReadJob | Digested) -> None:
-        if isinstance(item, ReadJob):
+    def _look_at_links(self) -> None:
+        """Tell of peers from which nothing comes any more. Whether their links are at fault the engine's core knows,
+        which also speaks to the peer."""
+        if not self._watch.is_due:
+            return
+        for engine_id, sources in self._sources.items():
+            limits = [self._watch.look(source.name, self._transport.movement(source.name)) for source in sources]
+            if any(limits):
+                self._say(LinkStalled(engine_id=engine_id, limits=max(limits)))
+
+    def _rebuild(self, sources: Sequence[_Source]) -> None:
+        for source in sources:
+            if self._watch.stands_still(source.name):
+                logger.warning("transport.rebuilt peer=%s: nothing had come from it", source.name)
+                self._transport.rebuild(source.name)
+                self._watch.forget(source.name)
+
+    def _take(self, item: BeginRead | Digested) -> None:
+        if isinstance(item, BeginRead):
             self._begin(item)
         elif (pull := self._pulls.pop(item.transfer_id, None)) is not None:
             pull.sums, pull.error = item.sums, item.error
@@ -320,7 +334,7 @@ class WorkerThread:
         if probe.is_over:
             self._probe = None
 
-    def _begin(self, job: ReadJob) -> None:
+    def _begin(self, job: BeginRead) -> None:
         if job.transfer_id in self._cancelled:
             del self._cancelled[job.transfer_id]
             self._say(_Pull(job.transfer_id, error="cancelled before it began").ended)
@@ -340,7 +354,7 @@ class WorkerThread:
         if pull.error:
             self._cancel(pull)
 
-    def _planned(self, job: ReadJob) -> list[tuple[_Source, Sequence[Copy]]]:
+    def _planned(self, job: BeginRead) -> list[tuple[_Source, Sequence[Copy]]]:
         """What to read from which rank; nothing where there is nothing to read."""
         sources = self._sources.get(job.engine_id)
         if sources is None:

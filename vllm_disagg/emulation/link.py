@@ -23,7 +23,7 @@ from vllm_disagg.emulation.faults import Fault, Faults
 from vllm_disagg.emulation.shape import CELL_BYTES
 from vllm_disagg.emulation.stamps import seed_of
 from vllm_disagg.errors import ConfigError
-from vllm_disagg.transport.base import Copy, Outcome, PeerName, Region, TransferHandle, Transport, WireInfo
+from vllm_disagg.transport.base import Copy, Movement, Outcome, PeerName, Region, TransferHandle, Transport, WireInfo
 
 logger = logging.getLogger(__name__)
 
@@ -199,6 +199,15 @@ class EmulatedLink:
         self._pending[id(handle)] = (handle, pending)
         return handle
 
+    def warm(self, peer: PeerName) -> None:
+        self.inner.warm(peer)
+
+    def movement(self, peer: PeerName) -> Movement:
+        return self.inner.movement(peer)
+
+    def rebuild(self, peer: PeerName) -> None:
+        self.inner.rebuild(peer)
+
     def poll(self) -> Sequence[Outcome]:
         now_s = self._now()
         self._deliver_late(now_s)
@@ -214,7 +223,8 @@ class EmulatedLink:
 
     @property
     def num_active(self) -> int:
-        return len(self._pending) + len(self._late)
+        warming = max(0, self.inner.num_active - len(self._pending))
+        return len(self._pending) + len(self._late) + warming
 
     def progress(self) -> None:
         self.inner.progress()

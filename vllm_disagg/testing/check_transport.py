@@ -399,6 +399,56 @@ def check_disconnect_ends_reads(open_one: Open) -> None:
         assert refused(reader.transport.read, peer, whole(reader, owner))
 
 
+def check_a_connection_can_come_up_before_the_first_read(open_one: Open) -> None:
+    with rig(open_one) as made:
+        reader, owner, peer = made.pair()
+        reader.transport.warm(peer)
+        reader.transport.warm(PeerName("nobody"))
+
+        assert finish(reader.transport, owner.transport) == []
+        assert (reader.memory.data == 0).all()
+
+        reader.transport.warm(peer)
+        reader.transport.read(peer, whole(reader, owner))
+
+        assert states(finish(reader.transport, owner.transport)) == ["done"]
+        assert np.array_equal(reader.memory.data, owner.memory.data)
+
+
+def check_it_tells_whether_reads_get_on(open_one: Open) -> None:
+    with rig(open_one) as made:
+        reader, owner, peer = made.pair(24 << 20)
+        before = reader.transport.movement(peer)
+        reader.transport.read(peer, whole(reader, owner))
+        assert states(finish(reader.transport, owner.transport)) == ["done"]
+        after = reader.transport.movement(peer)
+
+        assert (before.bytes_under_way, after.bytes_under_way) == (0, 0)
+        assert after.num_arrived > before.num_arrived
+        assert refused(reader.transport.movement, PeerName("nobody"))
+
+
+def check_reads_go_on_over_a_new_connection(open_one: Open) -> None:
+    """Those of the peer, once and whole, whether they had begun or not; a cancelled one ends."""
+    with rig(open_one) as made:
+        reader, owner, peer = made.pair(80 << 20)
+        kept = [reader.transport.read(peer, whole(reader, owner)) for _ in range(2)]
+        given_up = reader.transport.read(peer, whole(reader, owner))
+        outcomes = list(reader.transport.poll())
+        reader.transport.cancel(given_up)
+
+        reader.transport.rebuild(peer)
+        reader.transport.rebuild(PeerName("nobody"))
+        run_until(lambda: reader.transport.num_active == 0, reader.transport, owner.transport, outcomes=outcomes)
+
+        ended = {id(outcome.handle): outcome for outcome in outcomes}
+        assert len(outcomes) == len(ended) == 3
+        assert states([ended[id(handle)] for handle in kept]) == ["done"] * 2
+        assert ended[id(given_up)].state in ("done", "cancelled"), ended[id(given_up)].error
+        assert np.array_equal(reader.memory.data, owner.memory.data)
+        assert_quiet(reader, owner)
+
+
 def check_a_peer_can_be_connected_again(open_one: Open) -> None:
     with rig(open_one) as made:
         reader, owner, peer = made.pair()
@@ -502,6 +552,9 @@ CHECKS: tuple[Check, ...] = (
     check_a_cancelled_read_ends_once_and_in_time,
     check_one_cancel_leaves_the_others_alone,
     check_disconnect_ends_reads,
+    check_a_connection_can_come_up_before_the_first_read,
+    check_it_tells_whether_reads_get_on,
+    check_reads_go_on_over_a_new_connection,
     check_a_peer_can_be_connected_again,
     check_reads_from_a_closed_peer_end,
     check_two_agents_may_read_from_each_other,

@@ -16,7 +16,7 @@ from typing import Literal
 import msgspec
 
 from vllm_disagg.errors import TransportError
-from vllm_disagg.transport.base import Copy, Outcome, PeerName, Region, TransferHandle, WireInfo
+from vllm_disagg.transport.base import Copy, Movement, Outcome, PeerName, Region, TransferHandle, WireInfo
 from vllm_disagg.transport.nccl import NcclTransport
 from vllm_disagg.transport.nixl import NixlTransport
 
@@ -91,6 +91,17 @@ class AutoTransport:
         return msgspec.structs.replace(
             wire, evidence=f"{wire.evidence}, since NIXL would emulate reads over {avoided.wire}: {avoided.evidence}"
         )
+
+    def warm(self, peer: PeerName) -> None:
+        if peer in self._peers:
+            self._via(peer).warm(peer)
+
+    def movement(self, peer: PeerName) -> Movement:
+        return self._via(peer).movement(peer)
+
+    def rebuild(self, peer: PeerName) -> None:
+        if peer in self._peers:
+            self._via(peer).rebuild(peer)
 
     def poll(self) -> Sequence[Outcome]:
         outcomes = [*self._nixl.poll(), *self._nccl.poll()]

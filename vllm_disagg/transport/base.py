@@ -86,6 +86,18 @@ class WireInfo(msgspec.Struct, frozen=True, kw_only=True):
     evidence: str
 
 
+class Movement(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether reads from one peer get on.
+
+    Attributes:
+        num_arrived: pieces of reads that have arrived since it was connected. Only its changes mean something.
+        bytes_under_way: of the pieces that the library has been asked for and that have not arrived.
+    """
+
+    num_arrived: int
+    bytes_under_way: int
+
+
 class Transport(Protocol):
     """Reads from peers' registered memory into own registered memory."""
 
@@ -132,6 +144,24 @@ class Transport(Protocol):
             TransportError: the peer is not connected.
         """
 
+    def warm(self, peer: PeerName) -> None:
+        """Bring the connection to a peer up ahead of the first read, through `poll`, as long as that takes or for some
+        seconds. No outcome tells of it, and a peer that does not answer costs nothing else. Unknown peers are
+        ignored."""
+
+    def movement(self, peer: PeerName) -> Movement:
+        """Whether reads from a peer get on. Cheap.
+
+        Raises:
+            TransportError: the peer is not connected.
+        """
+
+    def rebuild(self, peer: PeerName) -> None:
+        """Replace the connection to a peer, because nothing moves on it. Nothing of the old one is written any more
+        when this returns. Reads go on over a new one with what had not arrived; cancelled ones end. Where reads are
+        emulated an owner that does not run just now may be harmed by it (`WireInfo.sent_by_owner`). Unknown peers are
+        ignored."""
+
     def poll(self) -> Sequence[Outcome]:
         """Drive reads under way and return those that ended since the last call, each exactly once. Takes
         milliseconds, rarely a tenth of a second; never waits for a peer."""
@@ -144,7 +174,8 @@ class Transport(Protocol):
 
     @property
     def num_active(self) -> int:
-        """Reads whose outcome `poll` has not returned yet. While positive the owner calls `poll` often."""
+        """Reads whose outcome `poll` has not returned yet, and connections that are coming up. While positive the
+        owner calls `poll` often."""
 
     def progress(self) -> None:
         """Let peers connect to this memory and read it. The owner calls it often while a peer may be doing so, and

@@ -20,6 +20,7 @@ from vllm_disagg.errors import ConfigError, TransportError
 from vllm_disagg.transport.base import (
     Copy,
     MemoryKind,
+    Movement,
     Outcome,
     PeerName,
     Region,
@@ -71,6 +72,8 @@ class LoopbackTransport:
 
     Attributes:
         frozen: while true, reads from this transport's memory stay under way, as if its process were stopped.
+        stuck: peers from which this transport's own reads stay under way, as if nothing moved on the connection;
+            `rebuild` makes a new one.
 
     Raises:
         ConfigError: another kind of memory was asked for.
@@ -84,6 +87,8 @@ class LoopbackTransport:
         if memory != "DRAM":
             raise ConfigError(f"kv transport loopback handles DRAM only, not {memory}: use nixl")
         self.frozen = False
+        self.stuck: set[PeerName] = set()
+        self._num_arrived = 0
         self._agent_name, self._clock = agent_name, clock
         self._token = secrets.token_bytes(16)
         self._regions: RegionTable | None = None
@@ -133,6 +138,18 @@ class LoopbackTransport:
             raise TransportError(f"no connection to {peer!r}")
         return WireInfo(transport="loopback", wire="memory", sent_by_owner=False, evidence="one process")
 
+    def warm(self, peer: PeerName) -> None:
+        return
+
+    def movement(self, peer: PeerName) -> Movement:
+        if peer not in self._peers:
+            raise TransportError(f"no connection to {peer!r}")
+        under_way = sum(read.num_bytes for read in self._reads if read.peer == peer)
+        return Movement(num_arrived=self._num_arrived, bytes_under_way=under_way)
+
+    def rebuild(self, peer: PeerName) -> None:
+        self.stuck.discard(peer)
+
     def poll(self) -> Sequence[Outcome]:
         for read in list(self._reads):
             self._drive(read)
@@ -160,6 +177,8 @@ class LoopbackTransport:
         if read.is_cancelled:
             self._end(read, "cancelled")
             return
+        if read.peer in self.stuck:
+            return
         with _lock:
             owner = _owners.get(self._peers[read.peer].token)
             if owner is not None and not owner.frozen:
@@ -170,6 +189,7 @@ class LoopbackTransport:
         if owner is None:
             self._end(read, "failed", "the peer is gone")
         elif not owner.frozen:
+            self._num_arrived += 1
             self._end(read, "done")
 
     def _end(self, read: _Read, state: State, error: str = "") -> None:

@@ -40,9 +40,19 @@ import msgspec
 
 from vllm_disagg.errors import TransportError
 from vllm_disagg.transport import nccl_wire
-from vllm_disagg.transport.base import Copy, MemoryKind, Outcome, PeerName, Region, State, TransferHandle, WireInfo
+from vllm_disagg.transport.base import (
+    Copy,
+    MemoryKind,
+    Movement,
+    Outcome,
+    PeerName,
+    Region,
+    State,
+    TransferHandle,
+    WireInfo,
+)
 from vllm_disagg.transport.nccl_owner import VERSION, Owner
-from vllm_disagg.transport.nccl_reader import Chunk, Link, Place
+from vllm_disagg.transport.nccl_reader import NUM_BUFFERS, Chunk, Link, Place
 from vllm_disagg.transport.nccl_wire import CHUNK_BYTES, CHUNK_COPIES, Staging
 from vllm_disagg.transport.regions import RegionTable, batches, plan_copies
 
@@ -69,7 +79,7 @@ _decoder = msgspec.msgpack.Decoder(_Descriptor)
 @dataclass(slots=True, eq=False, kw_only=True)
 class _Read:
     chunks: list[Chunk]
-    num_left: int
+    """Those that have not arrived."""
     num_bytes: int
     num_descriptors: int
     started_s: float
@@ -83,6 +93,7 @@ class _Peer:
     descriptor: bytes
     offer: _Descriptor
     regions: RegionTable
+    num_arrived: int = 0
     link: Link | None = None
     reads: deque[_Read] = field(default_factory=deque)
 
@@ -163,17 +174,15 @@ class NcclTransport:
         runs = plan_copies(copies, ours=self._regions, theirs=known.regions, max_bytes=CHUNK_BYTES)
         read = _Read(
             chunks=[],
-            num_left=0,
             num_bytes=int(runs.num_bytes.sum()),
             num_descriptors=len(runs),
             started_s=self._clock(),
         )
         read.chunks = [Chunk(read, part) for part in batches(runs, max_bytes=CHUNK_BYTES, max_copies=CHUNK_COPIES)]
-        read.num_left = len(read.chunks)
         if known.link is None or (known.link.error and not known.reads):
             known.link = self._dial(known.offer)
         known.reads.append(read)
-        known.link.submit(read.chunks)
+        known.link.submit(list(read.chunks))
         return read
 
     def name_of(self, descriptor: bytes) -> PeerName:
@@ -191,6 +200,28 @@ class NcclTransport:
         return WireInfo(
             transport="nccl", wire=library, sent_by_owner=True, evidence=f"{library} for memory of kind {self._memory}"
         )
+
+    def warm(self, peer: PeerName) -> None:
+        """`connect` has begun to, on the link's own thread."""
+
+    def movement(self, peer: PeerName) -> Movement:
+        known = self._peers.get(peer)
+        if known is None:
+            raise TransportError(f"no connection to {peer!r}")
+        wanted = sum(chunk.runs.total for read in known.reads for chunk in read.chunks[:NUM_BUFFERS])
+        return Movement(num_arrived=known.num_arrived, bytes_under_way=min(wanted, NUM_BUFFERS * CHUNK_BYTES))
+
+    def rebuild(self, peer: PeerName) -> None:
+        known = self._peers.get(peer)
+        if known is None or known.link is None:
+            return
+        self._drive(known)  # what has arrived until now counts
+        if known.link is None:
+            return
+        known.link.close()
+        known.link = self._dial(known.offer)
+        for read in known.reads:
+            known.link.submit(list(read.chunks))
 
     def poll(self) -> Sequence[Outcome]:
         for peer in list(self._peers.values()):
@@ -258,11 +289,12 @@ class NcclTransport:
         error = link.error  # before `take`: what arrived before the end still counts
         for chunk, buffer in link.take():
             self._arrived(chunk, buffer)
+            peer.num_arrived += 1
             link.give_back(buffer)
-        for read in [read for read in peer.reads if read.is_cancelled or not read.num_left]:
+        for read in [read for read in peer.reads if read.is_cancelled or not read.chunks]:
             peer.reads.remove(read)
             link.withdraw(read)
-            self._end(read, "cancelled" if read.num_left else "done")
+            self._end(read, "cancelled" if read.chunks else "done")
         if error and peer.reads:
             self._drop(peer, error)
 
@@ -271,7 +303,7 @@ class NcclTransport:
         assert isinstance(read, _Read) and self._staging is not None
         if not read.is_cancelled:
             self._staging.scatter(buffer, chunk.runs.local, chunk.runs.num_bytes)
-            read.num_left -= 1
+            read.chunks.remove(chunk)
 
     def _drop(self, peer: _Peer, error: str) -> None:
         """Give the peer's link up, and end its reads."""

@@ -23,7 +23,7 @@ from vllm_disagg.transport.regions import Runs
 
 logger = logging.getLogger(__name__)
 
-_NUM_BUFFERS = 4
+NUM_BUFFERS = 4
 """Messages of one peer under way or waiting to be taken: 16 MiB."""
 
 _GONE = (
@@ -155,7 +155,7 @@ class Link:
             self._opening = False
             staging = Staging(self._memory, self._device_id)
             with self._shared.lock:
-                self._shared.free.extend(staging.buffer() for _ in range(_NUM_BUFFERS))
+                self._shared.free.extend(staging.buffer() for _ in range(NUM_BUFFERS))
             while not self._stopping:
                 self._turn(wire)
         except Exception as failure:

@@ -17,7 +17,7 @@ How a read ends
     A read goes out in batches, of which `_PEER_BYTES` are under way per peer, and all reads of a peer take turns. A
     cancelled one sends no more, and usually ends with the batches it had out. If those are still out after `_DRAIN_S`,
     the link goes, and every read on it. An error of the library costs the link as well. The next read opens a new one,
-    from the same descriptor.
+    from the same descriptor. `rebuild` replaces a link on which nothing moves; the batches that were out start anew.
 
     The bound is not only for short cancels. UCX 1.23 emulates reads on TCP and on shared memory without CMA, and its
     answering side aborts the whole process ("unexpected error: Endpoint timeout") when it finds the reader gone while
@@ -32,26 +32,23 @@ Who must make progress
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import logging
-import os
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
-import numpy as np
 
-from vllm_disagg.errors import ConfigError, TransportError
+from vllm_disagg.errors import TransportError
 from vllm_disagg.transport.base import (
     CANCEL_BOUND_S,
     Copy,
     MemoryKind,
+    Movement,
     Outcome,
     PeerName,
     Region,
@@ -59,8 +56,9 @@ from vllm_disagg.transport.base import (
     TransferHandle,
     WireInfo,
 )
+from vllm_disagg.transport.nixl_link import Agent, Link, import_nixl
 from vllm_disagg.transport.patience import Patience
-from vllm_disagg.transport.regions import Addresses, RegionTable, Runs, batches, plan_copies
+from vllm_disagg.transport.regions import RegionTable, Runs, batches, plan_copies
 from vllm_disagg.transport.site import Site, can_read, foresee, here
 from vllm_disagg.transport.turns import turns
 
@@ -81,9 +79,8 @@ _MOST_TURNS = 16
 _DRAIN_S = CANCEL_BOUND_S / 2
 """How long batches of a cancelled read may take before their link is destroyed, while this process is running."""
 
-_UCX_OPTIONS = "TCP_CONN_NB=y"
-"""Connect without blocking: by default UCX waits for a TCP connection inside the call, over two minutes where the
-network is cut. A `UCX_` variable of the environment has precedence."""
+_WARM_S = 5.0
+"""How long a connection that is to come up before its first read is looked after."""
 
 
 class _Descriptor(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
@@ -119,20 +116,20 @@ class NixlTransport:
     def __init__(
         self, agent_name: str, *, memory: MemoryKind = "DRAM", clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        _import_nixl()
+        import_nixl()
         self._agent_name, self._memory, self._clock = agent_name, memory, clock
-        self._owner: _Agent | None = None
+        self._owner: Agent | None = None
         self._regions: RegionTable | None = None
         self._peers: dict[PeerName, _Peer] = {}
         self._ended: list[Outcome] = []
         self._link_numbers = count()
         self._turn_numbers = count(1)
-        self._undead: list[tuple[_Link, list[_Read]]] = []
+        self._undead: list[tuple[Link[_Read], list[_Read]]] = []
 
     def register(self, regions: Sequence[Region]) -> bytes:
         assert self._regions is None, "register is called once"
         self._regions = RegionTable(regions)
-        self._owner = _Agent(self._agent_name, self._memory, self._regions)
+        self._owner = Agent(self._agent_name, self._memory, self._regions)
         metadata = self._owner.metadata()
         return msgspec.msgpack.encode(
             _Descriptor(
@@ -198,8 +195,38 @@ class NixlTransport:
         """
         return self._foresee(self._decode(descriptor))
 
+    def warm(self, peer: PeerName) -> None:
+        known = self._peers.get(peer)
+        if known is None or (known.link is None and self._try_open(known)):
+            return
+        assert known.link is not None
+        known.warming = Patience(_WARM_S, clock=self._clock)
+        try:
+            known.link.warm(known.offer.regions[0])
+            return
+        except TransportError as failure:
+            error = str(failure)
+        self._drop(known, error)
+
+    def movement(self, peer: PeerName) -> Movement:
+        known = self._peers.get(peer)
+        if known is None:
+            raise TransportError(f"no connection to {peer!r}")
+        under_way = 0 if known.link is None else known.link.bytes_under_way
+        return Movement(num_arrived=known.num_arrived, bytes_under_way=under_way)
+
+    def rebuild(self, peer: PeerName) -> None:
+        known = self._peers.get(peer)
+        if known is None or known.link is None:
+            return
+        unread = self._destroyed(known, "nothing moves on it")
+        for read, batch in reversed(unread or ()):
+            read.num_under_way -= 1
+            if read.drain is None:
+                read.waiting.appendleft(batch)
+
     def poll(self) -> Sequence[Outcome]:
-        busy = [peer for peer in self._peers.values() if peer.reads]
+        busy = [peer for peer in self._peers.values() if peer.reads or peer.is_warming]
         for peer in busy:
             self._drive(peer)
         if busy:
@@ -214,7 +241,7 @@ class NixlTransport:
 
     @property
     def num_active(self) -> int:
-        return len(self._ended) + sum(len(peer.reads) for peer in self._peers.values())
+        return len(self._ended) + sum(len(peer.reads) + peer.is_warming for peer in self._peers.values())
 
     def progress(self) -> None:
         if self._owner is not None:
@@ -248,7 +275,11 @@ class NixlTransport:
         assert self._regions is not None and peer.link is None
         name = f"{self._agent_name}#{next(self._link_numbers)}"
         try:
-            peer.link = _Link(name, self._memory, self._regions, peer.offer)
+            offer = peer.offer
+            peer.link = Link(
+                name, self._memory, self._regions,
+                peer=offer.agent_name, peer_memory=offer.memory, metadata=offer.metadata,
+            )  # fmt: skip
         except TransportError as error:
             logger.info("transport.unreachable peer=%s error=%s", peer.offer.agent_name, error)
             return str(error)
@@ -262,6 +293,8 @@ class NixlTransport:
         if error := self._collect(peer):
             self._drop(peer, error)
             return
+        if peer.warming is not None and (not peer.link_is_warming or peer.warming.is_over()):
+            peer.warming = None
         self._end_reads(peer)
         if any(read.drain is not None and read.drain.is_over() for read in peer.reads):
             self._drop(peer, f"the peer did not answer within {_DRAIN_S} s of a cancel")
@@ -278,6 +311,7 @@ class NixlTransport:
         try:
             for read in peer.link.collect():
                 read.num_under_way -= 1
+                peer.num_arrived += 1
         except TransportError as error:
             return str(error)
         return ""
@@ -304,7 +338,7 @@ class NixlTransport:
         for peer in peers:
             self._end_reads(peer)
 
-    def _start(self, peer: _Peer, link: _Link, read: _Read) -> str:
+    def _start(self, peer: _Peer, link: Link[_Read], read: _Read) -> str:
         """Start a read's next batch. Returns what went wrong, as text, like `_collect`."""
         was_up = link.is_up
         try:
@@ -313,17 +347,14 @@ class NixlTransport:
             return str(error)
         read.waiting.popleft()
         read.num_under_way += under_way
+        peer.num_arrived += not under_way
         peer.num_later += was_up and under_way
         peer.num_in_call += was_up and not under_way
         return ""
 
     def _drop(self, peer: _Peer, error: str) -> None:
         """Destroy the peer's link, and only then end its reads: from here on nothing writes to their memory."""
-        link, peer.link = peer.link, None
-        if link is not None and not self._destroyed(link, error):
-            # Its reads are never reported, so that their memory is never used again; other peers go on.
-            self._undead.append((link, list(peer.reads)))
-            peer.reads.clear()
+        self._destroyed(peer, error)
         while peer.reads:
             read = peer.reads.popleft()
             if read.drain is not None:
@@ -331,14 +362,21 @@ class NixlTransport:
             else:
                 self._end(read, "failed", error)
 
-    def _destroyed(self, link: _Link, error: str) -> bool:
+    def _destroyed(self, peer: _Peer, error: str) -> list[tuple[_Read, Runs]] | None:
+        """Destroy the peer's link, if it has one. Returns the batches that were under way. Where it cannot be
+        destroyed its reads are never reported, so that their memory is never used again; other peers go on."""
+        link, peer.link, peer.warming = peer.link, None, None
+        if link is None:
+            return []
         try:
-            link.destroy()
+            unread = link.destroy()
         except Exception:
             logger.exception("transport.link_undead: its memory stays out of use until this engine restarts")
-            return False
+            self._undead.append((link, list(peer.reads)))
+            peer.reads.clear()
+            return None
         logger.info("transport.link_dropped peer=%s error=%s", link.peer, error)
-        return True
+        return unread
 
     def _end(self, read: _Read, state: State, error: str = "") -> None:
         self._ended.append(
@@ -378,6 +416,8 @@ class _Peer:
         served: when one of its batches was last started, in turns of all peers.
         num_in_call: batches, on a connection that was up, that were done when the call that began them returned.
         num_later: those that took longer.
+        num_arrived: all batches that have arrived.
+        warming: how long its link is looked after while it comes up without a read.
     """
 
     descriptor: bytes
@@ -386,143 +426,18 @@ class _Peer:
     served: int = 0
     num_in_call: int = 0
     num_later: int = 0
-    link: _Link | None = None
+    num_arrived: int = 0
+    warming: Patience | None = None
+    link: Link[_Read] | None = None
     reads: deque[_Read] = field(default_factory=deque)
 
-
-class _Agent:
-    """A NIXL agent over UCX with this side's memory registered; the only place that calls NIXL.
-
-    Raises:
-        TransportError: UCX does not start, or refuses the memory.
-    """
-
-    def __init__(self, name: str, memory: MemoryKind, regions: RegionTable) -> None:
-        self.memory = memory
-        nixl = _import_nixl()
-        try:
-            self.nixl = nixl.nixl_agent(name, nixl.nixl_agent_config(enable_prog_thread=False, backends=[]))
-            self.nixl.create_backend("UCX", {"engine_config": _UCX_OPTIONS})
-            self.nixl.register_memory(
-                [(region.address, region.num_bytes, region.device_id, "") for region in regions.regions], memory
-            )
-        except Exception as error:
-            raise TransportError(
-                f"NIXL cannot serve {memory} through UCX: {_text(error)}; "
-                "if UCX_TLS is set, it must contain tcp, and cuda for GPU memory"
-            ) from error
-
-    def metadata(self) -> bytes:
-        return bytes(self.nixl.get_agent_metadata())
-
-    def progress(self) -> None:
-        # Also empties the mailbox that everyone with the metadata can write to.
-        self.nixl.get_new_notifs()
-
-    def destroy(self) -> None:
-        """End the agent and all that UCX does for it, now."""
-        alive = weakref.ref(self.nixl.agent)
-        self.nixl.agent = None
-        if alive() is not None:
-            gc.collect()
-        assert alive() is None, "a NIXL agent outlived its owner, so memory may still be written"
-
-
-class _Link:
-    """An agent that reads from one peer and does nothing else, so that its end is the end of these reads. `is_up` once
-    something has been read.
-
-    Raises:
-        TransportError: the peer cannot be reached, or the agent cannot be built.
-    """
-
-    def __init__(self, name: str, memory: MemoryKind, regions: RegionTable, offer: _Descriptor) -> None:
-        self._agent = _Agent(name, memory, regions)
-        self._peer, self._peer_memory = offer.agent_name, offer.memory
-        self._under_way: list[tuple[_Read, int, Any]] = []
-        self.is_up = False
-        try:
-            found = self._agent.nixl.add_remote_agent(offer.metadata)
-        except Exception as error:
-            self._agent.destroy()
-            raise TransportError(f"NIXL cannot reach {self._peer!r}: {_text(error)}") from error
-        if (found.decode(errors="replace") if isinstance(found, bytes) else found) != self._peer:
-            self._agent.destroy()
-            raise TransportError(f"the descriptor of {self._peer!r} carries the metadata of {found!r}")
+    @property
+    def is_warming(self) -> bool:
+        return self.warming is not None
 
     @property
-    def peer(self) -> str:
-        return self._peer
-
-    @property
-    def bytes_under_way(self) -> int:
-        return sum(num_bytes for _, num_bytes, _ in self._under_way)
-
-    def start(self, read: _Read, batch: Runs) -> int:
-        """Start a batch. Returns how many more are under way: none if it is done already.
-
-        Raises:
-            TransportError: the library refused; the link must be destroyed.
-        """
-        nixl = self._agent.nixl
-        try:
-            handle = nixl.initialize_xfer(
-                "READ",
-                nixl.get_xfer_descs(_table(batch.local, batch.num_bytes, batch.local_device), self._agent.memory),
-                nixl.get_xfer_descs(_table(batch.remote, batch.num_bytes, batch.remote_device), self._peer_memory),
-                self._peer,
-            )
-            self._under_way.append((read, batch.total, handle))  # before it starts, so that `destroy` knows it
-            state = nixl.transfer(handle)
-            if state == "DONE":
-                self.is_up = True
-                self._under_way.pop()
-                handle.release()
-        except Exception as error:
-            raise TransportError(f"read from {self._peer!r} failed: {_text(error)}") from error
-        if state == "ERR":
-            raise TransportError(f"read from {self._peer!r} failed")
-        return int(state != "DONE")
-
-    def collect(self) -> list[_Read]:
-        """Make progress. Returns the read of each batch that has ended.
-
-        Raises:
-            TransportError: a batch failed; the link must be destroyed.
-        """
-        ended, still = [], []
-        try:
-            for read, num_bytes, handle in self._under_way:
-                match self._agent.nixl.check_xfer_state(handle):
-                    case "DONE":
-                        handle.release()
-                        ended.append(read)
-                    case "PROC":
-                        still.append((read, num_bytes, handle))
-                    case _:
-                        raise TransportError(f"read from {self._peer!r} failed")
-        except TransportError:
-            raise
-        except Exception as error:
-            raise TransportError(f"read from {self._peer!r} failed: {_text(error)}") from error
-        self._under_way = still
-        self.is_up = self.is_up or bool(ended)
-        return ended
-
-    def destroy(self) -> None:
-        """End all batches and the connection. Nothing is written to local memory afterwards."""
-        while self._under_way:
-            _, _, handle = self._under_way.pop()
-            try:
-                handle.release()  # a handle holds the agent, so this must go first; it does not end the read
-            except Exception as error:
-                logger.debug("transport.release_failed peer=%s error=%s", self._peer, _text(error))
-            del handle
-        self._agent.destroy()
-
-
-def _table(addresses: Addresses, num_bytes: Addresses, devices: Addresses) -> Addresses:
-    return np.stack((addresses, num_bytes, devices), axis=1)
+    def link_is_warming(self) -> bool:
+        return self.link is not None and self.link.is_warming
 
 
 def _observed(foreseen: WireInfo, num_in_call: int, num_later: int) -> WireInfo:
@@ -542,17 +457,3 @@ def _observed(foreseen: WireInfo, num_in_call: int, num_later: int) -> WireInfo:
 
 def _digest(metadata: bytes) -> bytes:
     return hashlib.blake2b(metadata, digest_size=16).digest()
-
-
-def _text(error: Exception) -> str:
-    return str(error) or type(error).__name__
-
-
-def _import_nixl() -> Any:
-    # Without this UCX prints a line for each copy that was under way when a link is destroyed.
-    os.environ.setdefault("UCX_LOG_LEVEL", "error")
-    try:
-        import nixl._api
-    except ImportError as error:
-        raise ConfigError(f"kv transport nixl needs NIXL ({error}): pip install 'vllm-disagg[nixl]'") from error
-    return nixl._api

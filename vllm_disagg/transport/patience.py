@@ -28,7 +28,11 @@ class Patience:
 
     def is_over(self) -> bool:
         """Whether the limit has been waited out. Counts the time since the last call."""
+        return self.waited_s() >= self._limit_s
+
+    def waited_s(self) -> float:
+        """How long it has been waited. Counts the time since the last call."""
         now_s = self._clock()
         self._waited_s += min(now_s - self._asked_s, SLICE_S)
         self._asked_s = now_s
-        return self._waited_s >= self._limit_s
+        return self._waited_s
