@@ -1,16 +1,20 @@
-"""Three routes on the API server of an engine with a role, the first two for the proxy:
+"""Routes on the API server of an engine with a role, all but the last one for the proxy:
 
-    GET  /disagg/status    the role and the fingerprint of this engine
-    POST /disagg/release   {"transfer_id": ...}: the client has left, let its KV go (prefill instances)
-    POST /disagg/probe     a signed order of `vllm-disagg doctor`: say who you are, or probe a prefill instance
+    GET  /disagg/status      the role and the fingerprint of this engine
+    GET  /disagg/introduce   a challenge to be answered by a prefill instance (decode instances)
+    POST /disagg/introduce   {"challenge": ...}: this prefill instance's introduction, which answers it; or
+                             {"introduction": ...}: this decode instance connects to that prefill instance
+    POST /disagg/release     {"transfer_id": ...}: the client has left, let its KV go (prefill instances)
+    POST /disagg/probe       a signed order of `vllm-disagg doctor`: say who you are, or probe a prefill instance
 
-A transfer id is 128 random bits that only the proxy and the two engines know; whoever names one may release it. An
-order is signed with the deployment key.
+A transfer id is 128 random bits that only the proxy and the two engines know; whoever names one may release it. Orders,
+challenges and introductions are signed with the deployment key.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -21,12 +25,13 @@ import zmq.asyncio
 
 from vllm_disagg.config import EngineSettings
 from vllm_disagg.connector import messages
+from vllm_disagg.connector.door import INTRODUCE_TIMEOUT_S, PROBE_TIMEOUT_S, Errand, door_address
 from vllm_disagg.connector.engine_fingerprint import config_fingerprint
 from vllm_disagg.connector.messages import Forbid, Released
-from vllm_disagg.connector.probe_door import DOOR_TIMEOUT_S, door_address
 from vllm_disagg.connector.secure import client_socket, curve_keys
 from vllm_disagg.core.fingerprint import digest_of
 from vllm_disagg.core.host import host_facts
+from vllm_disagg.core.introduction import INTRODUCE_PATH, IntroductionRefused, answer_challenge, make_challenge
 from vllm_disagg.core.keys import load_key
 from vllm_disagg.core.probe import PROBE_PATH, Identity, OrderRefused, check_order
 from vllm_disagg.core.types import EngineId, TransferId, is_transfer_id
@@ -34,7 +39,7 @@ from vllm_disagg.transport import choose_transport
 
 STATUS_PATH, RELEASE_PATH = "/disagg/status", "/disagg/release"
 RELEASE_TIMEOUT_S = 2.0
-_MAX_BODY_BYTES = 4096
+_MAX_BODY_BYTES = 8192
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -55,6 +60,10 @@ class DisaggFrontend:
         route = (scope.get("method"), scope.get("path")) if scope["type"] == "http" else None
         if route == ("GET", STATUS_PATH):
             await _reply(send, 200, await self._status(scope))
+        elif route == ("GET", INTRODUCE_PATH):
+            await _reply(send, *self._challenge(scope))
+        elif route == ("POST", INTRODUCE_PATH):
+            await _reply(send, *await self._introduce(scope, receive))
         elif route == ("POST", PROBE_PATH):
             await _reply(send, *await self._probe(scope, receive))
         elif route == ("POST", RELEASE_PATH):
@@ -94,15 +103,43 @@ class DisaggFrontend:
         if settings.role != "decode":
             return 409, {"error": "only a decode instance probes others"}
         try:
-            return 200, await asyncio.wait_for(self._through_door(engine_id, raw, key), DOOR_TIMEOUT_S)
+            return 200, await asyncio.wait_for(self._through_door(engine_id, b"probe", raw, key), PROBE_TIMEOUT_S)
         except (TimeoutError, msgspec.DecodeError):
             return 504, {"error": "the engine did not answer"}
 
-    async def _through_door(self, engine_id: EngineId, raw: bytes, key: bytes) -> dict[str, Any]:
-        """Let this instance's engine obey an order."""
+    def _challenge(self, scope: Scope) -> tuple[int, dict[str, Any]]:
+        vllm_config = scope["app"].state.vllm_config
+        settings, engine_id = _settings(vllm_config), EngineId(vllm_config.kv_transfer_config.engine_id)
+        if settings.role != "decode":
+            return 409, {"error": "only a decode instance is introduced to others"}
+        challenge = make_challenge(engine_id, load_key(settings.key_file), now_s=time.monotonic())
+        return 200, {"challenge": challenge}
+
+    async def _introduce(self, scope: Scope, receive: Receive) -> tuple[int, dict[str, Any]]:
+        vllm_config = scope["app"].state.vllm_config
+        settings, engine_id = _settings(vllm_config), EngineId(vllm_config.kv_transfer_config.engine_id)
+        wanted = "challenge" if settings.role == "prefill" else "introduction"
+        text, key = _text_field(await _body(receive), wanted), load_key(settings.key_file)
+        if text is None:
+            return 400, {"error": f'expected {{"{wanted}": "..."}} of a {settings.role} instance'}
+        if settings.role == "prefill":
+            try:
+                answer = answer_challenge(text, engine_id=engine_id, control=_control(settings), key=key)
+            except IntroductionRefused as refusal:
+                return 403, {"error": str(refusal)}
+            return 200, {"introduction": answer}
+        raw = text.encode(errors="replace")
+        try:
+            told = await asyncio.wait_for(self._through_door(engine_id, b"introduce", raw, key), INTRODUCE_TIMEOUT_S)
+        except (TimeoutError, msgspec.DecodeError):
+            return 504, {"error": "the engine did not answer"}
+        return (200 if told.get("outcome") == "taken" else 403), told
+
+    async def _through_door(self, engine_id: EngineId, errand: Errand, raw: bytes, key: bytes) -> dict[str, Any]:
+        """Hand something to this instance's engine, and wait for its answer."""
         with client_socket(self._sockets(), zmq.DEALER, curve_keys(key)) as link:
             link.connect(door_address(engine_id))
-            await link.send(raw)
+            await link.send_multipart([errand, raw])
             report: dict[str, Any] = msgspec.json.decode(await link.recv())
         return report
 
@@ -159,12 +196,16 @@ def _control(settings: EngineSettings) -> str:
 
 
 def _transfer_id(body: bytes) -> TransferId | None:
+    transfer_id = _text_field(body, "transfer_id")
+    return transfer_id if is_transfer_id(transfer_id) else None
+
+
+def _text_field(body: bytes, name: str) -> str | None:
+    """One field of a body that is an object of texts; None for anything else."""
     try:
-        value = msgspec.json.decode(body, type=dict[str, str])
+        return msgspec.json.decode(body, type=dict[str, str]).get(name)
     except msgspec.DecodeError:
         return None
-    transfer_id = value.get("transfer_id")
-    return transfer_id if is_transfer_id(transfer_id) else None
 
 
 async def _body(receive: Receive) -> bytes:

@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
-from control_harness import BLOCKS, FINGERPRINT, KEYS, STRANGER, Decode, Prefill, engines, eventually, free_port
+from control_harness import BLOCKS, FINGERPRINT, KEYS, STRANGER, WAIT_S, Decode, Prefill, engines, eventually, free_port
 
 from vllm_disagg.connector import messages
-from vllm_disagg.connector.control_server import PrefillControl
+from vllm_disagg.connector.control_server import DRAIN_GRACE_S, PrefillControl
 from vllm_disagg.connector.messages import (
     CancelRead,
     ConnectPeer,
@@ -21,6 +21,7 @@ from vllm_disagg.connector.messages import (
     PeerState,
     Progress,
     ReadEnded,
+    RebuildLinks,
     Release,
     Released,
 )
@@ -320,6 +321,40 @@ def test_a_busy_port_is_a_setting_to_change() -> None:
         prefill.close()
 
 
+def test_workers_serve_on_for_a_while_when_the_last_hold_has_ended() -> None:
+    """A read that was given up is still under way then. Where reads are emulated it ends only while its owner serves."""
+    prefill = Prefill()
+    try:
+        handoff = prefill.hold()
+        worker = prefill.workers[0]
+        assert worker.wait_for(Progress).active
+        ended_s = time.monotonic()
+        prefill.holds.forbid(handoff.transfer_id)
+        prefill.control.granted()  # any event
+
+        eventually(lambda: Progress(active=False) in worker.hear(), "the end of serving")
+
+        assert time.monotonic() - ended_s >= DRAIN_GRACE_S
+    finally:
+        prefill.close()
+
+
+def test_a_nudge_tells_the_workers_once_more() -> None:
+    prefill, decode = Prefill(), Decode()
+    with engines(decode, prefill):
+        decode.pair_with(prefill.hold())
+        worker, told = prefill.workers[0], messages.LinkStalled(engine_id=prefill.engine_id, limits=1)
+        before = worker.hear().count(Progress(active=True))
+
+        decode.workers[0].say(told)
+
+        eventually(lambda: worker.hear().count(Progress(active=True)) == before + 1, "the second order")
+        assert not [item for item in decode.workers[0].hear() if isinstance(item, RebuildLinks)]
+
+        decode.workers[0].say(messages.LinkStalled(engine_id=prefill.engine_id, limits=2))
+        decode.workers[0].wait_for(RebuildLinks)
+
+
 def test_both_ends_sleep_when_nothing_happens() -> None:
     prefill, decode = Prefill(), Decode()
     with engines(decode, prefill):
@@ -363,7 +398,7 @@ def test_waiting_for_a_prefill_that_is_gone_costs_no_processor_time() -> None:
         decode.pair_with(waiting)
         prefill.close()
         eventually(lambda: decode.control.readiness(waiting)[0] == "failed", "the loss")
-        eventually(lambda: time.monotonic() > decode.control._peers[waiting.engine_id].retry_at_s, "the back-off")
+        eventually(lambda: time.monotonic() > decode.control.peers.get(waiting.engine_id).retry_at_s, "the back-off")
 
         assert processor_seconds_of_half_a_second() < 0.1
 
@@ -547,16 +582,28 @@ def test_an_engine_has_no_say_in_transfers_of_another_one(lie: str) -> None:
         decode.pair_with(handoff)
         decode.control.announce(impostor.handoff())
         impostor.greeted()
-        held = prefill.holds.release
-        prefill.holds.release = lambda *_: time.sleep(0.5) or held(*_)  # type: ignore[method-assign]
+        held, asked, may_answer = prefill.holds.release, threading.Event(), threading.Event()
+
+        def release(*hold: Any) -> bool:
+            asked.set()
+            assert may_answer.wait(WAIT_S)
+            return held(*hold)
+
+        def lies(message: messages.FromPrefill) -> None:
+            peer = decode.control.peers.get(impostor.engine_id)
+            heard_s = peer.heard_s
+            impostor.say(message)
+            eventually(lambda: peer.heard_s > heard_s, "the lie")
+
+        prefill.holds.release = release  # type: ignore[method-assign]
         decode.expect(handoff)
         if lie == "lost":
-            impostor.say(messages.Renewed(engine_id=impostor.engine_id, lost=(handoff.transfer_id,)))
-            time.sleep(0.2)
+            lies(messages.Renewed(engine_id=impostor.engine_id, lost=(handoff.transfer_id,)))
         decode.read_ends(handoff.transfer_id)
+        assert asked.wait(WAIT_S)
         if lie == "released":
-            time.sleep(0.1)
-            impostor.say(Released(transfer_id=handoff.transfer_id, ok=False))
+            lies(Released(transfer_id=handoff.transfer_id, ok=False))
+        may_answer.set()
 
         assert decode.report(Settled).result == "received"
 
@@ -594,7 +641,7 @@ def test_a_release_waits_for_the_digests_and_decode_compares_them(number: int, r
     with engines(decode, prefill):
         handoff = verified_hold(prefill)
         read_with_digest(decode, handoff, 7)
-        time.sleep(0.3)
+        eventually(lambda: prefill.control._vouchers[handoff.transfer_id].asked, "the release")
         assert decode.reports_of(handoff.transfer_id) == []
         assert len(prefill.holds) == 1
 
@@ -620,7 +667,7 @@ def test_a_hold_that_ends_while_its_digests_are_made_is_not_confirmed() -> None:
     with engines(decode, prefill):
         handoff = verified_hold(prefill)
         read_with_digest(decode, handoff, 7)
-        time.sleep(0.2)
+        eventually(lambda: prefill.control._vouchers[handoff.transfer_id].asked, "the release")
         prefill.holds.forbid(handoff.transfer_id)
         prefill.control.granted()  # any event
 
@@ -641,7 +688,8 @@ def test_after_a_read_that_took_too_long_requests_are_declined_until_a_probe_is_
         refused = prefill.hold()
         decode.control.announce(refused)
         eventually(lambda: decode.control.readiness(refused) == ("failed", "peer_resting"), "quarantine")
-        time.sleep(1.1)
+        rests_until_s = decode.control.peers.get(prefill.engine_id).quarantine.rests_until_s
+        eventually(lambda: time.monotonic() >= rests_until_s, "the end of its rest")
 
         probe, other = prefill.hold(), prefill.hold()
         decode.control.announce(probe)
@@ -666,7 +714,8 @@ def test_what_was_declined_while_a_peer_was_given_up_is_released_when_it_is_gree
         decode.control.announce(declined)
         eventually(lambda: decode.control.readiness(declined)[0] == "failed", "the loss")
         decode.control.forget(declined.transfer_id)
-        time.sleep(1.2)
+        retry_at_s = decode.control.peers.get(prefill.engine_id).retry_at_s
+        eventually(lambda: time.monotonic() >= retry_at_s, "the end of the back-off")
         assert declined.transfer_id in prefill.holds
 
         decode.control.announce(prefill.hold())

@@ -2,112 +2,28 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import socket
+import threading
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 import zmq
-from control_harness import FINGERPRINT, KEYS, STRANGER, WAIT_S, eventually, free_port
+from control_harness import FINGERPRINT, KEYS, STRANGER, WAIT_S, eventually
+from pair_harness import KEY, Pair, pair
 
 from vllm_disagg.connector import messages
-from vllm_disagg.connector.control_client import DecodeControl
-from vllm_disagg.connector.control_server import PrefillControl
-from vllm_disagg.connector.digests import Digester, host_reader
-from vllm_disagg.connector.holds import Holds
-from vllm_disagg.connector.messages import OpenProbe, ProbeOpened, RankInfo
-from vllm_disagg.connector.probe_door import ProbeDoor, door_address
-from vllm_disagg.connector.probe_memory import PROBE_BYTES, ProbeMemory
+from vllm_disagg.connector.door import door_address
+from vllm_disagg.connector.messages import OpenProbe, ProbeOpened
+from vllm_disagg.connector.peer_table import MAX_INTRODUCED
 from vllm_disagg.connector.probe_run import SIZES
 from vllm_disagg.connector.secure import client_socket
-from vllm_disagg.connector.worker_thread import WorkerThread
-from vllm_disagg.core.probe import PROBE_VERSION, PairReport, ProbeOrder, sign_order
-from vllm_disagg.core.types import EngineId, new_nonce
-from vllm_disagg.transport.base import Copy, PeerName, Region, TransferHandle, Transport
-from vllm_disagg.transport.layout import RankLayout, Segment
-from vllm_disagg.transport.loopback import LoopbackTransport
-
-KEY = b"k" * 32
-Wrap = Callable[[Transport], Transport]
-
-
-class Worker:
-    """A worker's thread with a KV cache of a few bytes."""
-
-    def __init__(self, wrap: Wrap = lambda transport: transport) -> None:
-        torch = pytest.importorskip("torch")
-        self.cache = np.zeros(4096, np.uint8)
-        self.memory = ProbeMemory(torch.empty(PROBE_BYTES, dtype=torch.uint8))
-        address = int(self.cache.ctypes.data)
-        segment = Segment(
-            name="layer", address=address, num_blocks=4, block_stride=1024, first_head=0, num_heads=1, head_stride=1024,
-            num_rows=1, row_stride=1024, row_bytes=1024,
-        )  # fmt: skip
-        self.layout = RankLayout(groups=((segment,),))
-        self.transport = LoopbackTransport(os.urandom(4).hex())
-
-        def opened() -> tuple[Transport, bytes]:
-            transport = wrap(self.transport)
-            return transport, transport.register([Region(address=address, num_bytes=4096), self.memory.region])
-
-        digester = Digester(layout=self.layout, key=KEY, read=host_reader)
-        self.thread = WorkerThread(
-            open_transport=opened, layout=self.layout, keys=KEYS, digester=digester, probe=self.memory
-        )
-        self.rank = RankInfo(
-            tp_rank=0, pp_rank=0, descriptor=self.thread.start(), layout=self.layout, probe=self.memory.region
-        )
-
-
-class Pair:
-    """A prefill and a decode engine without vLLM."""
-
-    def __init__(
-        self, stack: ExitStack, *, wrap: Wrap = lambda transport: transport, fingerprint: dict[str, str] = FINGERPRINT
-    ) -> None:
-        self.owner, self.reader = Worker(), Worker(wrap)
-        for worker in (self.owner, self.reader):
-            stack.callback(worker.thread.stop)
-        self.prefill_id, self.decode_id = EngineId(os.urandom(4).hex()), EngineId(os.urandom(4).hex())
-        self.address = f"tcp://127.0.0.1:{free_port()}"
-        self.holds = Holds(lease_s=30.0, cap_s=300.0, on_freed=lambda: None)
-        self.prefill = PrefillControl(
-            engine_id=self.prefill_id, address=self.address, keys=KEYS, fingerprint=FINGERPRINT,
-            ranks=[self.owner.rank], worker_links=[self.owner.thread.endpoint], holds=self.holds,
-        )  # fmt: skip
-        self.decode = DecodeControl(
-            keys=KEYS, fingerprint=fingerprint, worker_links=[self.reader.thread.endpoint], pull_timeout_s=10.0,
-            tp_ranks=[0], on_report=lambda: None,
-        )  # fmt: skip
-        self.door = ProbeDoor(
-            engine_id=self.decode_id, key=KEY, keys=KEYS, fingerprint=fingerprint, control=self.decode
-        )
-        for part in (self.prefill, self.decode, self.door):
-            part.start()
-            stack.callback(part.stop)
-
-    def order(self, **fields: Any) -> ProbeOrder:
-        order = ProbeOrder(
-            version=PROBE_VERSION, task="pair", nonce=new_nonce(), engine_id=self.decode_id,
-            prefill_id=self.prefill_id, control=self.address,
-        )  # fmt: skip
-        return msgspec.structs.replace(order, **fields)
-
-    def probe(self, order: ProbeOrder | None = None, *, key: bytes = KEY) -> PairReport:
-        with zmq.Context() as context, client_socket(context, zmq.DEALER, KEYS) as link:
-            link.connect(door_address(self.decode_id))
-            link.send(sign_order(order or self.order(), key))
-            assert link.poll(WAIT_S * 1000)
-            return msgspec.json.decode(link.recv(), type=PairReport)
-
-
-@contextmanager
-def pair(**kinds: Any) -> Iterator[Pair]:
-    with ExitStack() as stack:
-        yield Pair(stack, **kinds)
+from vllm_disagg.core.introduction import answer_challenge, make_challenge
+from vllm_disagg.core.probe import PairReport, sign_order
+from vllm_disagg.core.types import EngineId
+from vllm_disagg.transport.base import Copy, PeerName, TransferHandle, Transport
 
 
 def test_a_healthy_pair_is_measured_and_nothing_is_left_of_it() -> None:
@@ -224,6 +140,92 @@ def test_probes_that_nobody_ends_are_limited_and_end_with_their_lease() -> None:
 def test_the_door_opens_to_no_stranger() -> None:
     with pair() as engines, zmq.Context() as context, client_socket(context, zmq.DEALER, STRANGER) as link:
         link.connect(door_address(engines.decode_id))
-        link.send(sign_order(engines.order(), KEY))
+        link.send_multipart([b"probe", sign_order(engines.order(), KEY)])
 
         assert link.poll(300) == 0
+
+
+# Introductions come through the same door.
+
+
+def hand_in(engines: Pair, raw: str) -> str:
+    with zmq.Context() as context, client_socket(context, zmq.DEALER, KEYS) as link:
+        link.connect(door_address(engines.decode_id))
+        link.send_multipart([b"introduce", raw.encode()])
+        assert link.poll(WAIT_S * 1000)
+        return str(msgspec.json.decode(link.recv())["outcome"])
+
+
+def introduction(engines: Pair, *, key: bytes = KEY, decode: str = "", age_s: float = 0.0, control: str = "") -> str:
+    challenge = make_challenge(EngineId(decode or engines.decode_id), key, now_s=time.monotonic() - age_s)
+    return answer_challenge(challenge, engine_id=engines.prefill_id, control=control or engines.address, key=key)
+
+
+def phase(engines: Pair) -> str:
+    return engines.decode.peer_state(engines.prefill_id)[0]
+
+
+def test_an_introduced_engine_is_connected_without_a_request() -> None:
+    with pair() as engines:
+        assert hand_in(engines, raw := introduction(engines)) == "taken"
+        eventually(lambda: phase(engines) == "ready", "the connection")
+
+        assert hand_in(engines, raw) == "reused"
+        assert hand_in(engines, introduction(engines)) == "taken"  # harmless
+        assert phase(engines) == "ready"
+        told = {label: amount for (_, label), amount in engines.decode.tally.take().items()}
+        assert told == {"taken": 2, "reused": 1}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "how"),
+    [
+        ("forged", {"key": b"x" * 32}),
+        ("foreign", {"decode": "an earlier run"}),
+        ("expired", {"age_s": 3600.0}),
+        ("expired", {"age_s": -3600.0}),
+    ],
+)
+def test_a_bad_introduction_connects_to_nobody(outcome: str, how: dict[str, Any]) -> None:
+    with pair() as engines, socket.create_server(("127.0.0.1", 0)) as canary:
+        address = f"tcp://127.0.0.1:{canary.getsockname()[1]}"
+        assert hand_in(engines, introduction(engines, control=address, **how)) == outcome
+        assert hand_in(engines, introduction(engines)) == "taken"  # in the same order on the control thread
+        eventually(lambda: phase(engines) == "ready", "the connection to the right one")
+
+        canary.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            canary.accept()
+
+
+def test_a_flood_of_introductions_is_bounded_and_the_next_good_one_is_taken() -> None:
+    with pair() as engines, zmq.Context() as context, client_socket(context, zmq.DEALER, KEYS) as link:
+        link.connect(door_address(engines.decode_id))
+        for number in range(2000):
+            link.send_multipart([b"introduce", b"x" * (number % 4000)])
+        for number in range(MAX_INTRODUCED + 50):
+            challenge = make_challenge(engines.decode_id, KEY, now_s=time.monotonic())
+            raw = answer_challenge(challenge, engine_id=EngineId(f"no {number}"), control="tcp://127.0.0.1:1", key=KEY)
+            link.send_multipart([b"introduce", raw.encode()])
+        for _ in range(2000 + MAX_INTRODUCED + 50):
+            assert link.poll(WAIT_S * 1000)
+            link.recv()
+
+        eventually(lambda: engines.decode.peer_state(EngineId("no 0"))[0] == "failed", "the refused connection")
+        assert engines.decode.peers.num_known <= MAX_INTRODUCED
+        engines.decode.pair(engines.prefill_id, engines.address)  # as a request does
+        eventually(lambda: phase(engines) == "ready", "a request's own engine")
+
+
+def test_a_probe_under_way_does_not_keep_introductions_waiting() -> None:
+    with pair() as engines, zmq.Context() as context, client_socket(context, zmq.DEALER, KEYS) as link:
+        begun, may_end = threading.Event(), threading.Event()
+        engines.door._probe = lambda raw: begun.set() or (may_end.wait(WAIT_S) and PairReport(stage="done"))  # type: ignore
+        link.connect(door_address(engines.decode_id))
+        link.send_multipart([b"probe", b""])
+        assert begun.wait(WAIT_S)
+
+        assert hand_in(engines, introduction(engines)) == "taken"
+
+        may_end.set()
+        assert link.poll(WAIT_S * 1000)

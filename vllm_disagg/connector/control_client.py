@@ -22,42 +22,28 @@ from vllm_disagg.connector.mailbox import Mailbox
 from vllm_disagg.connector.messages import (
     BeginRead,
     CancelRead,
-    ConnectPeer,
-    DisconnectPeer,
-    Hello,
-    NotHere,
+    FromPrefill,
+    LinkStalled,
     PeerState,
     ProbeEnded,
-    RankInfo,
     ReadEnded,
-    Refused,
     Release,
     Released,
     Renew,
     Renewed,
     RunProbe,
     ToWorker,
-    Welcome,
 )
+from vllm_disagg.connector.peer_table import PeerTable, frames_of
 from vllm_disagg.connector.peers import Peer, PeerPhase
 from vllm_disagg.connector.pull import Cause, Drained, Pull, Result, Settled
 from vllm_disagg.connector.secure import CurveKeys, client_socket, send_now
-from vllm_disagg.connector.tally import (
-    KEY_FACTOR,
-    LATE_READS,
-    LAYOUT_FACTOR,
-    OTHER,
-    PROTOCOL_FACTOR,
-    REFUSED_PEERS,
-    Tally,
-)
+from vllm_disagg.connector.tally import LATE_READS, Tally
 from vllm_disagg.core.handoff import Handoff
 from vllm_disagg.core.probe import WorkerReport
 from vllm_disagg.core.types import EngineId, TransferId
 
 logger = logging.getLogger(__name__)
-
-_MAX_FRAMES_PER_TURN = 256
 
 RENEWALS_PER_LEASE = 1 / 6
 """Interval of renewals as a share of the lease, which the handoff tells."""
@@ -91,12 +77,10 @@ class DecodeControl:
         pull_timeout_s: float,
         on_report: Callable[[], None],
     ) -> None:
-        self._keys, self._fingerprint = keys, dict(fingerprint)
         self._pull_timeout_s, self._tp_ranks = pull_timeout_s, tuple(tp_ranks)
         self._on_report = on_report
         self._orders: Mailbox[Order] = Mailbox()
         self._reports: deque[Report] = deque()
-        self._peers: dict[EngineId, Peer] = {}
         self._pulls: dict[TransferId, Pull] = {}
         self._renew_at_s: float | None = None
         self._on_probed: Callable[[int, WorkerReport], None] = lambda index, report: None
@@ -108,6 +92,19 @@ class DecodeControl:
         for link, endpoint in zip(self._links, worker_links, strict=True):
             link.connect(endpoint)
         self._poller = zmq.Poller()
+        self.peers = PeerTable(
+            context=self._context,
+            keys=keys,
+            fingerprint=fingerprint,
+            poller=self._poller,
+            guard=self._guard,
+            tally=self.tally,
+            num_workers=len(self._links),
+            tell_workers=self._tell_workers,
+            on_said=self._peer_said,
+            on_lost=self._peer_lost,
+        )
+        """The prefill engines that are known. Only this thread changes them."""
         self._thread = threading.Thread(target=self._run, name="disagg-decode-control", daemon=True)
 
     # Called by vLLM's main thread.
@@ -128,7 +125,7 @@ class DecodeControl:
 
     def readiness(self, handoff: Handoff) -> tuple[PeerPhase, Cause]:
         """Whether this transfer can be read from its engine now, and if not, why: a metric label."""
-        peer = self._peers.get(handoff.engine_id)
+        peer = self.peers.get(handoff.engine_id)
         if peer is None:
             return "greeting", "peer_unreachable"
         if peer.phase == "ready" and peer.quarantine.is_resting:
@@ -145,12 +142,16 @@ class DecodeControl:
 
     def peer_state(self, engine_id: EngineId) -> tuple[PeerPhase, str]:
         """How far that engine is connected, and why not further: a metric label."""
-        peer = self._peers.get(engine_id)
+        peer = self.peers.get(engine_id)
         return ("greeting", "") if peer is None else (peer.phase, peer.cause or "peer_unreachable")
 
     def pair(self, engine_id: EngineId, address: str) -> None:
         """Connect to a prefill engine without a request, or again after its back-off."""
-        self._orders.put(functools.partial(self._pair, engine_id, address))
+        self._orders.put(functools.partial(self.peers.pair, engine_id, address))
+
+    def introduce(self, engine_id: EngineId, address: str) -> None:
+        """Connect to a prefill engine ahead of its first request."""
+        self._orders.put(functools.partial(self.peers.introduce, engine_id, address))
 
     def probe(self, order: RunProbe, on_ended: Callable[[int, WorkerReport], None]) -> None:
         """Have every worker probe a prefill engine that is ready. `on_ended` is called on this thread with a worker's
@@ -199,7 +200,7 @@ class DecodeControl:
         ready = dict(self._poller.poll(self._timeout_ms(time.monotonic())))
         self._obey_all()
         self._hear_workers(ready)
-        self._hear_peers(ready)
+        self.peers.hear(ready)
         self._keep_time(time.monotonic())
         return not self._stopping
 
@@ -211,7 +212,7 @@ class DecodeControl:
 
     def _announced(self, handoff: Handoff) -> None:
         now_s = time.monotonic()
-        peer = self._peers.get(handoff.engine_id)
+        peer = self.peers.get(handoff.engine_id)
         if peer is not None:  # before `readiness` can see that it was announced
             peer.quarantine.admits(handoff.transfer_id, now_s=now_s)
         self._pulls[handoff.transfer_id] = Pull(
@@ -222,17 +223,8 @@ class DecodeControl:
             num_blocks=len(handoff.block_ids[0]) if handoff.block_ids else 0,
             renew_interval_s=handoff.lease_s * RENEWALS_PER_LEASE,
         )
-        self._pair(handoff.engine_id, handoff.control)
+        self.peers.pair(handoff.engine_id, handoff.control)
         self._renew(now_s)  # it may have waited on its way here
-
-    def _pair(self, engine_id: EngineId, address: str) -> None:
-        now_s = time.monotonic()
-        peer = self._peers.get(engine_id)
-        if peer is None:
-            peer = self._peers[engine_id] = Peer(engine_id=engine_id, address=address)
-            self._greet(peer, now_s)
-        elif peer.phase == "failed" and now_s >= peer.retry_at_s:
-            self._greet(peer, now_s)
 
     def _begin_probe(self, order: RunProbe, on_ended: Callable[[int, WorkerReport], None]) -> None:
         self._on_probed = on_ended
@@ -265,7 +257,7 @@ class DecodeControl:
         for index, link in enumerate(self._links):
             if link not in ready:
                 continue
-            self._guard.each(_frames(link), functools.partial(self._worker_said, index))
+            self._guard.each(frames_of(link), functools.partial(self._worker_said, index))
 
     def _worker_said(self, index: int, frames: list[bytes]) -> None:
         # A fast read can end while we still listen here: its order was given before, so obey it first.
@@ -274,7 +266,9 @@ class DecodeControl:
             case ReadEnded() as ended:
                 self._read_ended(index, ended)
             case PeerState() as state:
-                self._peer_state(index, state)
+                self.peers.worker_connected(index, state)
+            case LinkStalled() as stalled:
+                self.peers.worker_stalled(index, stalled)
             case ProbeEnded() as ended_probe:
                 self._on_probed(index, ended_probe.report)
 
@@ -299,21 +293,6 @@ class DecodeControl:
             self._over(pull)
             self._report(Drained(pull.transfer_id))
 
-    def _peer_state(self, index: int, state: PeerState) -> None:
-        peer = self._peers.get(state.engine_id)
-        if peer is None or peer.phase != "connecting":
-            return
-        if state.error:
-            logger.error("handshake.failed engine=%s error=%s", state.engine_id, state.error)
-            if state.misfit:
-                self.tally.add(REFUSED_PEERS, LAYOUT_FACTOR)
-            self._lose(peer, "incompatible" if state.misfit else "peer_unreachable")
-            return
-        peer.waiting_ranks.discard(index)
-        if not peer.waiting_ranks:
-            peer.ready()
-            logger.info("handshake.done engine=%s", peer.engine_id)
-
     def _tell_workers(self, message: ToWorker, *, only: Sequence[int] | None = None) -> None:
         frame = messages.encode(message)
         for index, link in enumerate(self._links):
@@ -322,59 +301,8 @@ class DecodeControl:
 
     # Prefill engines.
 
-    def _greet(self, peer: Peer, now_s: float) -> None:
-        try:
-            peer.open(self._context, self._keys, now_s=now_s)
-        except zmq.ZMQError as error:
-            logger.error("handshake.failed engine=%s error=%s", peer.engine_id, error)
-            peer.fail("peer_unreachable", now_s=now_s)
-            return
-        self._poller.register(peer.socket, zmq.POLLIN)
-        self._poller.register(peer.monitor, zmq.POLLIN)
-        peer.send(
-            messages.encode(
-                Hello(version=messages.PROTOCOL_VERSION, engine_id=peer.engine_id, fingerprint=self._fingerprint)
-            )
-        )
-
-    def _hear_peers(self, ready: Mapping[Any, int]) -> None:
-        for peer in list(self._peers.values()):
-            if peer.socket is not None and peer.socket in ready:
-                self._guard.each(_frames(peer.socket), functools.partial(self._peer_said, peer))
-            if peer.monitor is not None and peer.monitor in ready:
-                self._broken(peer)
-
-    def _broken(self, peer: Peer) -> None:
-        match peer.take_breaks():
-            case "unproven":
-                logger.error(
-                    "handshake.refused: the deployment key differs, or what listens at %s is no prefill engine, or is "
-                    "one that has just ended; give all engines the same --kv-key-file", peer.address,
-                )  # fmt: skip
-                self.tally.add(REFUSED_PEERS, KEY_FACTOR)
-                self._lose(peer, "incompatible")
-            case "lost":
-                logger.warning("control.disconnected engine=%s phase=%s", peer.engine_id, peer.phase)
-                self._lose(peer, "peer_lost")
-
-    def _peer_said(self, peer: Peer, frames: list[bytes]) -> None:
-        peer.heard_s = time.monotonic()
-        match message := messages.decode_or_none(messages.from_prefill, frames):
-            case None:
-                logger.warning("control.bad_frame engine=%s", peer.engine_id)
-            case Welcome() if message.engine_id == peer.engine_id:
-                self._welcomed(peer, message.ranks)
-            case Refused():
-                logger.error(
-                    "handshake.refused: the engines do not fit: %s is %r on prefill and %r on decode; "
-                    "start both with the same %s",
-                    message.factor, message.prefill, message.decode, message.factor,
-                )  # fmt: skip
-                known = message.factor == PROTOCOL_FACTOR or message.factor in self._fingerprint
-                self.tally.add(REFUSED_PEERS, message.factor if known else OTHER)
-                self._lose(peer, "incompatible")
-            case Welcome() | NotHere():
-                self._lose(peer, "peer_lost")
+    def _peer_said(self, peer: Peer, message: FromPrefill) -> None:
+        match message:
             case Renewed():
                 for transfer_id in message.lost:
                     if self._is_of(peer, transfer_id):
@@ -382,16 +310,18 @@ class DecodeControl:
             case Released() if self._is_of(peer, message.transfer_id):
                 self._proven(message)
 
+    def _peer_lost(self, peer: Peer, cause: Cause) -> None:
+        """Fail what waits for this peer."""
+        for pull in [pull for pull in self._pulls.values() if pull.engine_id == peer.engine_id]:
+            if pull.phase == "announced":
+                pull.error = cause
+            else:
+                self._give_up(pull.transfer_id, "failed", cause)
+
     def _is_of(self, peer: Peer, transfer_id: TransferId) -> bool:
         """Whether that engine has a say in this transfer: only the one that holds its blocks."""
         pull = self._pulls.get(transfer_id)
         return pull is not None and pull.engine_id == peer.engine_id
-
-    def _welcomed(self, peer: Peer, ranks: Sequence[RankInfo]) -> None:
-        if peer.phase != "greeting":
-            return
-        peer.welcomed(set(range(len(self._links))), now_s=time.monotonic())
-        self._tell_workers(ConnectPeer(engine_id=peer.engine_id, ranks=tuple(ranks)))
 
     def _proven(self, released: Released) -> None:
         pull = self._pulls.get(released.transfer_id)
@@ -414,7 +344,7 @@ class DecodeControl:
             self._report(pull.settled("failed", "kv_mismatch", now_s=time.monotonic()))
             self._undecided(pull)
             return
-        peer = self._peers.get(pull.engine_id)
+        peer = self.peers.get(pull.engine_id)
         if peer is not None:
             peer.quarantine.proven()
         self._report(pull.settled("received", now_s=time.monotonic()))
@@ -428,19 +358,6 @@ class DecodeControl:
             pull.error = "lease_expired"
         elif pull.phase == "reading":
             self._give_up(transfer_id, "failed", "lease_expired")
-
-    def _lose(self, peer: Peer, cause: Cause) -> None:
-        """This peer cannot be used now: fail what waits for it. A request that comes after the back-off tries again."""
-        if peer.socket is not None:
-            self._poller.unregister(peer.socket)
-            self._poller.unregister(peer.monitor)
-        peer.fail(cause, now_s=time.monotonic())
-        self._tell_workers(DisconnectPeer(engine_id=peer.engine_id))
-        for pull in [pull for pull in self._pulls.values() if pull.engine_id == peer.engine_id]:
-            if pull.phase == "announced":
-                pull.error = cause
-            else:
-                self._give_up(pull.transfer_id, "failed", cause)
 
     # Pulls.
 
@@ -462,19 +379,19 @@ class DecodeControl:
 
     def _strike(self, pull: Pull, *, timed_out: bool) -> None:
         """A read has failed in a way that says something about its peer."""
-        peer, now_s = self._peers.get(pull.engine_id), time.monotonic()
+        peer, now_s = self.peers.get(pull.engine_id), time.monotonic()
         if peer is not None and peer.quarantine.failed(pull.transfer_id, timed_out=timed_out, now_s=now_s):
             rest_s = (peer.quarantine.rests_until_s or now_s) - now_s
             logger.warning("peer.resting engine=%s for_s=%.0f: prompts are computed here", peer.engine_id, rest_s)
 
     def _undecided(self, pull: Pull) -> None:
         """A pull has ended; if it was its peer's probe, another one takes that over."""
-        peer = self._peers.get(pull.engine_id)
+        peer = self.peers.get(pull.engine_id)
         if peer is not None:
             peer.quarantine.undecided(pull.transfer_id)
 
     def _release(self, pull: Pull, *, verify: bool = False) -> None:
-        peer = self._peers.get(pull.engine_id)
+        peer = self.peers.get(pull.engine_id)
         if peer is not None:
             release = Release(engine_id=pull.engine_id, transfer_id=pull.transfer_id, nonce=pull.nonce, verify=verify)
             peer.release(messages.encode(release))
@@ -492,26 +409,19 @@ class DecodeControl:
         for pull in list(self._pulls.values()):
             if pull.deadline_s is not None and now_s >= pull.deadline_s:
                 self._timed_out(pull)
-        for peer in list(self._peers.values()):
-            if peer.phase in ("greeting", "connecting") and now_s >= peer.deadline_s:
-                logger.error(
-                    "handshake.timeout engine=%s phase=%s: check that decode reaches prefill's --kv-control-host and "
-                    "that both use the same deployment key", peer.engine_id, peer.phase,
-                )  # fmt: skip
-                self._lose(peer, "handshake_timeout")
-        self._forget_old_peers(now_s)
+        self.peers.keep_time(now_s, in_use={pull.engine_id for pull in self._pulls.values()})
         if self._renew_at_s is not None and now_s >= self._renew_at_s:
             self._renew(now_s)
 
     def _timed_out(self, pull: Pull) -> None:
         logger.warning("transfer.timeout transfer=%s phase=%s", pull.transfer_id, pull.phase)
-        peer = self._peers.get(pull.engine_id)
+        peer = self.peers.get(pull.engine_id)
         self._strike(pull, timed_out=True)
         self._give_up(pull.transfer_id, "failed", "pull_timeout")
         if peer is not None and peer.phase == "ready" and peer.heard_s < pull.expected_s:
             # Frozen or cut off, not only slow: its other requests must not wait for it one by one.
             logger.warning("control.silent engine=%s", peer.engine_id)
-            self._lose(peer, "peer_silent")
+            self.peers.lose(peer, "peer_silent")
 
     def _renew(self, now_s: float) -> None:
         wanted = [pull for pull in self._pulls.values() if pull.phase in ("announced", "reading")]
@@ -519,42 +429,24 @@ class DecodeControl:
         for pull in wanted:
             by_engine.setdefault(pull.engine_id, []).append(pull.transfer_id)
         for engine_id, transfer_ids in by_engine.items():
-            peer = self._peers.get(engine_id)
+            peer = self.peers.get(engine_id)
             if peer is None:
                 continue
             for part in _parts(transfer_ids, messages.RENEWALS_PER_FRAME):
                 peer.send(messages.encode(Renew(engine_id=engine_id, transfer_ids=part)))
         self._renew_at_s = now_s + min(pull.renew_interval_s for pull in wanted) if wanted else None
 
-    def _forget_old_peers(self, now_s: float) -> None:
-        """A failed peer is kept while a request refers to it, and long enough for its back-off to grow."""
-        used = {pull.engine_id for pull in self._pulls.values()}
-        old = [key for key, peer in self._peers.items() if peer.phase == "failed" and key not in used]
-        for engine_id in old:
-            if now_s >= self._peers[engine_id].may_be_forgotten_s:
-                del self._peers[engine_id]
-
     def _timeout_ms(self, now_s: float) -> int | None:
         times = [pull.deadline_s for pull in self._pulls.values() if pull.deadline_s is not None]
-        times.extend(peer.deadline_s for peer in self._peers.values() if peer.phase in ("greeting", "connecting"))
+        times.extend(self.peers.deadlines())
         if self._renew_at_s is not None:
             times.append(self._renew_at_s)
         return max(0, int((min(times) - now_s) * 1000) + 1) if times else None
 
     def _close(self) -> None:
-        for peer in self._peers.values():
-            peer.close()
+        self.peers.close()
         self._orders.close()
         self._context.destroy(linger=100)
-
-
-def _frames(socket: zmq.Socket[Any]) -> Iterator[list[bytes]]:
-    """What waits on a socket, a bounded number of messages at a time."""
-    for _ in range(_MAX_FRAMES_PER_TURN):
-        try:
-            yield socket.recv_multipart(zmq.NOBLOCK)
-        except (zmq.Again, zmq.ZMQError):
-            return
 
 
 def _parts(items: Sequence[TransferId], size: int) -> Iterator[tuple[TransferId, ...]]:

@@ -21,12 +21,15 @@ from vllm_disagg.connector import support
 from vllm_disagg.connector.control_client import DecodeControl
 from vllm_disagg.connector.control_server import PrefillControl
 from vllm_disagg.connector.decode_side import DecodeSide, Outlook, ReceiveReport
+from vllm_disagg.connector.door import Door
 from vllm_disagg.connector.engine_fingerprint import engine_fingerprint
 from vllm_disagg.connector.holds import Holds
+from vllm_disagg.connector.introductions import Introductions
 from vllm_disagg.connector.messages import RankInfo
 from vllm_disagg.connector.metadata import StepMetadata, WorkerMetadata
+from vllm_disagg.connector.pair_probe import PairProbe
 from vllm_disagg.connector.prefill_side import PrefillSide
-from vllm_disagg.connector.probe_door import ProbeDoor
+from vllm_disagg.connector.probe_orders import ProbeOrders
 from vllm_disagg.connector.reserve import Reserve
 from vllm_disagg.connector.secure import curve_keys
 from vllm_disagg.connector.stats import TransferPromMetrics, TransferStats
@@ -70,7 +73,7 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
         self._prefill: PrefillSide | None = None
         self._decode: DecodeSide | None = None
         self._control: PrefillControl | DecodeControl | None = None
-        self._door: ProbeDoor | None = None
+        self._door: Door | None = None
         self._worker: WorkerSide | None = None
         self.scheduler_stats = TransferStats()
         support.check_supported(vllm_config, kv_cache_config)
@@ -207,15 +210,22 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
             self._decode.bind_block_pool(self._pool)
         control.start()
         self._control = control
-        self._door = ProbeDoor(
+        self._door = self._open_door(control, fingerprint)
+        logger.info("role.ready role=decode engine=%s", self._engine_id)
+
+    def _open_door(self, control: DecodeControl, fingerprint: dict[str, str]) -> Door:
+        keys = curve_keys(self._key)
+        introductions = Introductions(
+            engine_id=self._engine_id, key=self._key, tally=control.tally, introduce=control.introduce
+        )
+        orders = ProbeOrders(
             engine_id=self._engine_id,
             key=self._key,
-            keys=curve_keys(self._key),
-            fingerprint=fingerprint,
-            control=control,
+            make_probe=lambda order: PairProbe(keys=keys, fingerprint=fingerprint, control=control, order=order),
         )
-        self._door.start()
-        logger.info("role.ready role=decode engine=%s", self._engine_id)
+        door = Door(engine_id=self._engine_id, keys=keys, introduce=introductions.take, probe=orders.obey)
+        door.start()
+        return door
 
     def on_wake(self, wake: Callable[[], None]) -> None:
         """Our scheduler tells how to wake an engine that sleeps; without it the engine polls while we wait."""

@@ -14,7 +14,7 @@ from vllm_disagg.transport.base import Movement, PeerName
 from vllm_disagg.transport.patience import Patience
 
 LOOK_S = 0.05
-"""Between two looks. Far below `patience.SLICE_S`, so that the time in which this process stood still counts for none."""
+"""Between two looks. Far below `patience.SLICE_S`: time in which this process stood still does not count."""
 
 SLOWEST_BYTES_PER_S = 8 * 1024 * 1024
 """A link that brings this much is slow and stands not still: pieces arrive as a whole, and nothing tells of their

@@ -1,6 +1,6 @@
 """Decode's side of a probe of one prefill engine, from greeting to the end of its hold, told as one story.
 
-It runs on the thread of the probe's door, which may wait: nothing of the engine waits for it. Control messages go over
+It runs on a thread of its own, which may wait: nothing of the engine waits for it. Control messages go over
 a connection of its own; the reads are done by this engine's workers over the connections that requests use.
 """
 
@@ -56,7 +56,6 @@ class PairProbe:
     """One probe.
 
     Args:
-        context: for the control connection.
         keys: the deployment's CURVE keys.
         fingerprint: what a prefill engine must have in common with us.
         control: this engine's control thread, which knows its workers.
@@ -66,13 +65,13 @@ class PairProbe:
     def __init__(
         self,
         *,
-        context: zmq.Context[Any],
         keys: CurveKeys,
         fingerprint: Mapping[str, str],
         control: DecodeControl,
         order: ProbeOrder,
     ) -> None:
-        self._link = client_socket(context, zmq.DEALER, keys)
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._link = client_socket(self._context, zmq.DEALER, keys)
         self._fingerprint, self._control, self._order = dict(fingerprint), control, order
         self._stage: Stage = "greeting"
         self._found = PairReport(stage="done")
@@ -80,7 +79,7 @@ class PairProbe:
     def run(self) -> PairReport:
         """Probe, whatever happens, in bounded time."""
         try:
-            with self._link:
+            with self._context, self._link:
                 self._greet()
                 opened = self._open()
                 try:

@@ -43,11 +43,18 @@ class Peer:
     retry_at_s: float = 0.0
     num_failures: int = 0
     heard_s: float = 0.0
+    nudged_s: float | None = None
+    """When it was last asked to serve, since reads from it stood still."""
     quarantine: Quarantine = field(default_factory=Quarantine)
     owed: deque[bytes] = field(default_factory=lambda: deque(maxlen=_MOST_OWED))
     """Releases that could not be sent: what is not fetched must not stay held until its lease ends."""
     socket: zmq.Socket[Any] | None = None
     monitor: zmq.Socket[Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """Its control address, as metrics label it."""
+        return self.address.removeprefix("tcp://")
 
     def open(self, context: zmq.Context[Any], keys: CurveKeys, *, now_s: float) -> None:
         """Connect the control channel and start greeting."""

@@ -49,6 +49,12 @@ LABELLED_COUNTERS: dict[str, tuple[str, str]] = {
     "vllm_disagg_sched_hints_total": ("SLO hints that were not taken as they came.", "outcome"),
     "vllm_disagg_kv_holds_total": ("What happened to the blocks prefill kept for decode.", "event"),
     "vllm_disagg_kv_refused_peers_total": ("Peers refused when they met this engine, by what does not fit.", "factor"),
+    "vllm_disagg_kv_introductions_total": ("Prefill engines introduced ahead of their first request.", "outcome"),
+    "vllm_disagg_kv_link_stalls_total": (
+        "Times in which nothing came from a prefill instance that was read.",
+        "prefill",
+    ),
+    "vllm_disagg_kv_link_rebuilds_total": ("Links replaced since nothing came over them.", "prefill"),
     "vllm_disagg_kv_pair_transfers_total": ("Confirmed KV transfers from one prefill instance.", "prefill"),
     "vllm_disagg_kv_pair_bytes_total": ("Bytes received in them, over all ranks.", "prefill"),
     "vllm_disagg_kv_pair_read_seconds_total": ("Seconds in which they were read, on the slowest rank.", "prefill"),

@@ -15,6 +15,12 @@ REFUSED_PEERS = "vllm_disagg_kv_refused_peers_total"
 
 LATE_READS = "vllm_disagg_kv_late_reads_total"
 
+LINK_STALLS, LINK_REBUILDS = "vllm_disagg_kv_link_stalls_total", "vllm_disagg_kv_link_rebuilds_total"
+"""Labelled with the prefill instance's control address."""
+
+INTRODUCTIONS = "vllm_disagg_kv_introductions_total"
+"""Labelled with their outcome."""
+
 KEY_FACTOR, PROTOCOL_FACTOR, LAYOUT_FACTOR = "deployment key", "vllm_disagg protocol", "layout"
 
 

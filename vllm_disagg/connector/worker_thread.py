@@ -42,7 +42,7 @@ from vllm_disagg.connector.probe_memory import PROBE_BYTES, ProbeMemory
 from vllm_disagg.connector.probe_run import ProbeRun, ProbeSource
 from vllm_disagg.connector.secure import CurveKeys, send_now, server_socket, start_authenticator
 from vllm_disagg.core.probe import WorkerReport
-from vllm_disagg.core.types import BlockIds, EngineId, TransferId
+from vllm_disagg.core.types import EngineId, TransferId
 from vllm_disagg.core.verify import DigestJob, HeadSums
 from vllm_disagg.errors import IncompatiblePeer, TransportError
 from vllm_disagg.transport.base import Copy, Outcome, PeerName, TransferHandle, Transport

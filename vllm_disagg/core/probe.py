@@ -8,15 +8,11 @@ something. It names the run of the engine it is for and a nonce; an engine obeys
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hashlib
-import hmac
 from typing import Literal
 
 import msgspec
 
-from vllm_disagg.core.keys import derive
+from vllm_disagg.core.signed import sign, verified
 from vllm_disagg.core.types import EngineId
 from vllm_disagg.errors import ConfigError
 
@@ -26,7 +22,7 @@ PROBE_LIMIT_S = 80.0
 """The longest that a probe of one pair takes, whatever its engines do."""
 
 MAX_ORDER_BYTES = 4096
-_MAC_BYTES = 32
+_PURPOSE = "probe-order"
 
 
 class _Word(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -175,8 +171,7 @@ class OrderRefused(ConfigError):
 
 def sign_order(order: ProbeOrder, key: bytes) -> bytes:
     """An order's way through HTTP."""
-    body = msgspec.msgpack.encode(order)
-    return base64.urlsafe_b64encode(_mac(body, key) + body)
+    return sign(msgspec.msgpack.encode(order), key, _PURPOSE)
 
 
 def check_order(raw: bytes, key: bytes) -> ProbeOrder:
@@ -185,12 +180,8 @@ def check_order(raw: bytes, key: bytes) -> ProbeOrder:
     Raises:
         OrderRefused: anything but an order that `sign_order` made with the same key, in this version.
     """
-    try:
-        text = base64.b64decode(raw, altchars=b"-_", validate=True) if len(raw) <= MAX_ORDER_BYTES else b""
-    except binascii.Error:
-        text = b""
-    mac, body = text[:_MAC_BYTES], text[_MAC_BYTES:]
-    if not hmac.compare_digest(mac, _mac(body, key)):
+    body = verified(raw, key, _PURPOSE, max_bytes=MAX_ORDER_BYTES)
+    if body is None:
         raise OrderRefused("not signed with this deployment's key", signed=False)
     try:
         order = msgspec.msgpack.decode(body, type=ProbeOrder)
@@ -199,7 +190,3 @@ def check_order(raw: bytes, key: bytes) -> ProbeOrder:
     if order.version != PROBE_VERSION:
         raise OrderRefused(f"the order has version {order.version}; this engine obeys {PROBE_VERSION}", signed=True)
     return order
-
-
-def _mac(body: bytes, key: bytes) -> bytes:
-    return hmac.new(derive(key, "probe-order"), body, hashlib.sha256).digest()

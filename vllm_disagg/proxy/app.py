@@ -21,6 +21,7 @@ from vllm_disagg.errors import ConfigError
 from vllm_disagg.proxy.admission import Admission, forwarded_headers, log_label
 from vllm_disagg.proxy.flow import PATHS, ClientStalled, Flow
 from vllm_disagg.proxy.instances import Instance, Pool
+from vllm_disagg.proxy.introduce import Introducer
 from vllm_disagg.proxy.metrics import ProxyMetrics
 from vllm_disagg.proxy.relay import strip_answer
 from vllm_disagg.proxy.replies import ApiError, error_event, error_response, retry_after, send_error
@@ -53,6 +54,8 @@ def create_app(settings: ProxySettings) -> FastAPI:
             watcher = Watcher(settings, pool, http)
             await asyncio.gather(*(watcher.look(instance) for instance in pool.all))
             watches = [tasks.create_task(watcher.watch(instance)) for instance in pool.all]
+            introducer = Introducer(settings, pool, http, metrics)
+            watches.append(tasks.create_task(introducer.watch()))
             yield
             with suppress(TimeoutError):  # cancelled requests still give back what they hold
                 await asyncio.wait_for(admission.until_empty(), _LAST_WORDS_S)

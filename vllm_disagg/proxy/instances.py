@@ -32,6 +32,7 @@ class Instance:
         num_requests: its outstanding requests.
         last_chosen: when it was last chosen, as a growing number.
         strikes: health probes in a row that timed out, with nothing heard from it in between.
+        num_ups: how often it has appeared: another number may mean another run of the engine.
         num_downs: how often it was declared down; an exchange from before such a moment is over.
         clocks: deadlines of the reads that are waiting for it, brought forward when it is declared down.
         nudged: set when its next probe should not wait.
@@ -47,6 +48,7 @@ class Instance:
     num_requests: int = 0
     last_chosen: int = 0
     strikes: int = 0
+    num_ups: int = 0
     num_downs: int = 0
     clocks: set[asyncio.Timeout] = field(default_factory=set)
     nudged: asyncio.Event = field(default_factory=asyncio.Event)
@@ -71,6 +73,8 @@ class Pool:
         self._metrics = metrics
         self._misfits: dict[tuple[int, int], str] = {}
         self._choices = 0
+        self.appeared = asyncio.Event()
+        """Set when an engine has (re)appeared; whoever waits for it clears it."""
         for instance in self.all:
             metrics.instance_up(instance.role, instance.index, False)
             metrics.outstanding(instance.role, instance.index, 0)
@@ -120,8 +124,10 @@ class Pool:
     def bring_up(self, instance: Instance, fingerprint: Fingerprint | None) -> None:
         """An engine has (re)appeared and may be given requests."""
         instance.fingerprint, instance.up, instance.strikes = fingerprint, True, 0
+        instance.num_ups += 1
         self._metrics.instance_up(instance.role, instance.index, True)
         self._match()
+        self.appeared.set()
 
     def suspect(self, instance: Instance) -> None:
         """A connection to it failed: nothing new for it until a probe, made at once, has found it alive."""

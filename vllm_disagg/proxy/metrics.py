@@ -17,6 +17,7 @@ METRICS: Final[Mapping[str, str]] = {
     "vllm_disagg_proxy_instances_up": "Whether an instance may be given requests, by role and place in its list.",
     "vllm_disagg_proxy_outstanding_tokens": "Prompt tokens of the requests outstanding on an instance.",
     "vllm_disagg_proxy_incompatible_pairs": "Pairs of a prefill and a decode instance whose KV caches do not match.",
+    "vllm_disagg_proxy_introductions_total": "Introductions of a prefill to a decode instance, by result.",
     "vllm_disagg_proxy_client_disconnects_total": "Clients that left before their answer ended, by phase.",
     "vllm_disagg_proxy_dropped_fields_total": "Unknown fields in clients' bodies that were not forwarded.",
     "vllm_disagg_proxy_slo_hints_total": "SLO hints that were not taken as they came.",
@@ -40,6 +41,7 @@ class ProxyMetrics:
         self._up = self._gauge("instances_up", "role", "instance")
         self._outstanding = self._gauge("outstanding_tokens", "role", "instance")
         self._incompatible = self._gauge("incompatible_pairs")
+        self._introductions = self._counter("introductions_total", "result")
         self._disconnects = self._counter("client_disconnects_total", "phase")
         self._dropped = self._counter("dropped_fields_total")
         self._hints = self._counter("slo_hints_total", "outcome")
@@ -79,6 +81,10 @@ class ProxyMetrics:
     def incompatible_pairs(self, number: int) -> None:
         """How many pairs do not match."""
         self._incompatible.set(number)
+
+    def introduction(self, result: str) -> None:
+        """One introduction has ended: taken, refused, failed, or unsupported."""
+        self._introductions.labels(result).inc()
 
     def disconnect(self, phase: str) -> None:
         """One client has left."""

@@ -46,6 +46,7 @@ class Faults:
         error_first: streams begin with an error event of this code.
         no_handoff: prefills keep nothing.
         wrong_kv: pulls bring another prompt's KV.
+        shy: no introductions: `error` answers with an error, `unknown` does not know the route.
     """
 
     crash_on_request: bool = False
@@ -58,6 +59,7 @@ class Faults:
     error_first: int | None = None
     no_handoff: bool = False
     wrong_kv: bool = False
+    shy: Literal["error", "unknown"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,8 @@ class _Counts:
     aborted: int = 0
     tokens: int = 0
     releases: list[str] = field(default_factory=list)
+    introduced: list[str] = field(default_factory=list)
+    """Runs of prefill engines that a decode engine was introduced to."""
 
 
 class FakeEngine:
@@ -222,6 +226,8 @@ class FakeEngine:
         app.router.add_get("/health", self._health)
         app.router.add_get("/disagg/status", self._status)
         app.router.add_post("/disagg/release", self._release)
+        app.router.add_get("/disagg/introduce", self._challenge)
+        app.router.add_post("/disagg/introduce", self._introduce)
         app.router.add_post("/fake/pull", self._give)
         return app
 
@@ -232,6 +238,28 @@ class FakeEngine:
 
     async def _status(self, request: web.Request) -> web.Response:
         return web.json_response({"role": self.role, "engine_id": self.engine_id, "fingerprint": self.fingerprint})
+
+    async def _challenge(self, request: web.Request) -> web.Response:
+        if self.faults.freeze:
+            await asyncio.Event().wait()
+        if self.role != "decode":
+            return _error(409, "only a decode instance is introduced to others")
+        return web.json_response({"challenge": self.engine_id})
+
+    async def _introduce(self, request: web.Request) -> web.Response:
+        if self.faults.freeze:
+            await asyncio.Event().wait()
+        if self.faults.shy is not None:
+            return _error(500 if self.faults.shy == "error" else 404, "as told by its faults")
+        body = json.loads(await request.read())
+        if self.role == "prefill":
+            return web.json_response({"introduction": f"{self.engine_id} {body['challenge']}"})
+        prefill_id, _, challenge = body["introduction"].partition(" ")
+        if challenge != self.engine_id:
+            return web.json_response({"outcome": "foreign"}, status=403)
+        self.counts.introduced.append(prefill_id)
+        await self._tell()
+        return web.json_response({"outcome": "taken"})
 
     async def _models(self, request: web.Request) -> web.Response:
         self._record(request, b"")
