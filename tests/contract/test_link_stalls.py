@@ -1,4 +1,4 @@
-"""Reads that stand still although their prefill engine lives go on well before the pull timeout, with the right bytes."""
+"""Reads that stand still although their prefill engine lives go on long before the pull timeout, rightly."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
-from control_harness import FINGERPRINT, KEYS, STRANGER, WAIT_S, eventually
+from control_harness import FINGERPRINT, KEYS, STRANGER, WAIT_S, eventually, free_port
 from pair_harness import KEY, Pair, pair
 
 from vllm_disagg.connector import messages

@@ -30,7 +30,7 @@ from vllm_disagg.connector.metadata import StepMetadata, WorkerMetadata
 from vllm_disagg.connector.pair_probe import PairProbe
 from vllm_disagg.connector.prefill_side import PrefillSide
 from vllm_disagg.connector.probe_orders import ProbeOrders
-from vllm_disagg.connector.reserve import Reserve
+from vllm_disagg.connector.reserve import GrowthOutlook, Reserve
 from vllm_disagg.connector.secure import curve_keys
 from vllm_disagg.connector.stats import TransferPromMetrics, TransferStats
 from vllm_disagg.connector.worker_side import TransportWrapper, WorkerSide
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
+
+_NO_GROWTH = GrowthOutlook()
 
 
 class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
@@ -231,19 +233,19 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
         """Our scheduler tells how to wake an engine that sleeps; without it the engine polls while we wait."""
         self._wake = wake
 
-    def begin_step(self, *, num_running: int = 0, num_promised: int = 0) -> list[ReceiveReport]:
+    def begin_step(self, *, num_running: int = 0, outlook: GrowthOutlook = _NO_GROWTH) -> list[ReceiveReport]:
         """Our scheduler calls this before each step: give back what is held no more, and tell what has arrived.
 
         Args:
             num_running: requests that this step goes on with.
-            num_promised: blocks that these are expected to grow by.
+            outlook: what they, and those to come, are expected to grow by.
         """
         if self._prefill is not None:
             self._prefill.give_back()
         if self._decode is None:
             return []
         reports = self._decode.take_reports()
-        self._decode.before_step(num_running=num_running, num_promised=num_promised)
+        self._decode.before_step(num_running=num_running, outlook=outlook)
         return reports
 
     def on_arrival(self, request: Request) -> None:

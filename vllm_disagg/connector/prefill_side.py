@@ -156,6 +156,8 @@ class PrefillSide:
         num_held, num_blocks, oldest_s = self._holds.usage()
         stats.gauge("vllm_disagg_kv_held_requests", num_held)
         stats.gauge("vllm_disagg_kv_held_blocks", num_blocks)
+        if self._pool is not None:  # one block of vLLM's is never used
+            stats.gauge("vllm_disagg_kv_held_share", num_blocks / (self._pool.num_gpu_blocks - 1))
         stats.gauge("vllm_disagg_kv_oldest_hold_seconds", oldest_s)
 
     def _prompt_is_done(self, request: Request) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,6 +23,19 @@ _PROMPTS_AHEAD = 2
 """How many of the longest recent prompts the reserve has room for."""
 
 _RECENT_PROMPTS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrowthOutlook:
+    """What a decode engine expects its requests to grow by, in blocks.
+
+    Attributes:
+        num_promised: those that hold blocks now, at the time when they need most.
+        each: one that is still to come, unless its own limit is shorter.
+    """
+
+    num_promised: int = 0
+    each: int = 0
 
 
 def reserve_target(
@@ -60,6 +74,8 @@ class Reserve:
         self._ageing: deque[list[int]] = deque([] for _ in range(age))
         self._recent: deque[int] = deque(maxlen=_RECENT_PROMPTS)
         self._num_lent = 0
+        self._num_roomy = 0
+        self._outlook = GrowthOutlook()
         self._closed = False
 
     def bind(self, pool: BlockPool) -> bool:
@@ -75,11 +91,18 @@ class Reserve:
         with self._lock:
             self._recent.append(num_blocks)
 
-    def take(self, num_blocks: int) -> tuple[int, ...]:
-        """So many blocks out of the reserve; empty if there are not."""
+    def take(self, num_blocks: int, *, most_growth: int = 0) -> tuple[int, ...]:
+        """So many blocks out of the reserve; empty if there are not, or if the request's growth would find no room.
+
+        Args:
+            num_blocks: of its prompt.
+            most_growth: blocks that it may grow by at most.
+        """
         with self._lock:
-            if self._closed or len(self._usable) < num_blocks:
+            wanted = num_blocks + min(most_growth, self._outlook.each)
+            if self._closed or len(self._usable) < num_blocks or self._num_roomy < wanted:
                 return ()
+            self._num_roomy -= wanted
             taken = self._usable[-num_blocks:]
             del self._usable[-num_blocks:]
             self._num_lent += num_blocks
@@ -101,8 +124,14 @@ class Reserve:
         with self._lock:
             self._closed = True
 
-    def step(self, *, num_running: int, num_promised: int = 0) -> None:
-        """Before each step: set more aside, or give some back."""
+    def step(self, *, num_running: int, outlook: GrowthOutlook, num_early: int = 0) -> None:
+        """Before each step: set more aside, or give some back.
+
+        Args:
+            num_running: requests whose next step may want a block each.
+            outlook: what requests are expected to grow by.
+            num_early: requests that were fetched early and have no blocks of their own yet.
+        """
         pool = self._pool
         if pool is None:
             return
@@ -116,8 +145,11 @@ class Reserve:
                 num_lent=self._num_lent,
                 longest=max(self._recent, default=0),
                 num_running=0 if self._closed else num_running,
-                num_promised=num_promised,
+                num_promised=outlook.num_promised,
             )
+            self._outlook = outlook
+            promised = outlook.num_promised + num_early * outlook.each
+            self._num_roomy = max(0, pool.get_num_free_blocks() + num_reserved - promised)
             if target > num_reserved:
                 fresh = [block.block_id for block in pool.get_new_blocks(target - num_reserved)]
                 (self._ageing[-1] if self._age else self._usable).extend(fresh)

@@ -37,6 +37,7 @@ COUNTERS: dict[str, str] = {
     "vllm_disagg_kv_late_reads_total": "Reads that ended after prefill had let the blocks go, and were dropped.",
     "vllm_disagg_sched_preempted_tokens_total": "Tokens whose KV running requests lost, to be computed again.",
     "vllm_disagg_sched_fetched_ahead_total": "Requests whose KV was fetched while all run slots were taken.",
+    "vllm_disagg_sched_admission_pauses_total": "Times that prefill stopped to admit since it held its share of KV.",
     "vllm_disagg_sched_plan_failures_total": "Steps that went in vLLM's order since the plan failed.",
 }
 LABELLED_COUNTERS: dict[str, tuple[str, str]] = {
@@ -68,6 +69,9 @@ GAUGES: dict[str, str] = {
     "vllm_disagg_sched_batch_tokens": "Prompt tokens a step may have now: L_m (prefill), beside streams (decode).",
     "vllm_disagg_kv_held_requests": "Requests whose KV prefill keeps for decode.",
     "vllm_disagg_kv_held_blocks": "KV blocks prefill keeps for decode.",
+    "vllm_disagg_kv_held_share": "Share of the KV cache that prefill keeps for decode.",
+    "vllm_disagg_sched_without_room_requests": "Requests on prefill's memory until decode has room for their growth.",
+    "vllm_disagg_sched_without_room_tokens": "Their tokens.",
     "vllm_disagg_kv_oldest_hold_seconds": "Age of the oldest of them.",
     "vllm_disagg_kv_draining_requests": "Given-up transfers whose blocks decode keeps out of use until they are quiet.",
 }

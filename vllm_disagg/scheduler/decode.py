@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from vllm_disagg.connector.reserve import GrowthOutlook
 from vllm_disagg.core.latency import work_of
 from vllm_disagg.core.scheduling.growth import OutputLengths, has_room, next_headroom, peak_blocks
 from vllm_disagg.core.scheduling.pace import prompt_tokens_beside
@@ -24,6 +25,8 @@ FIRST_TOKENS = 256
 PROMISE_STEPS = 8
 """How often expected growth is reckoned anew while nobody comes or goes."""
 
+WITHOUT_ROOM = "vllm_disagg_sched_without_room_requests"
+WITHOUT_ROOM_TOKENS = "vllm_disagg_sched_without_room_tokens"
 RECOMPUTED = "vllm_disagg_sched_preempted_tokens_total"
 FETCHED_AHEAD = "vllm_disagg_sched_fetched_ahead_total"
 
@@ -49,19 +52,32 @@ class DecodeMixin(PlannedMixin):
         self._holders: dict[str, tuple[int, int]] | None = None
         self._holding_at_first: list[Request] = []
         self._short_of_room = False
-        self._promised = (0, 0)
+        self._num_without_room = 0
+        self._outlook = GrowthOutlook()
+        self._outlook_of = -1
         self._max_active: int = self.max_num_active_reqs
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate
+
+    def hold_back(self, now_s: float) -> bool:
+        """Look at what the last step has left without room. Requests are held back one by one (`_allocate`)."""
+        self._headroom = next_headroom(self._headroom, preempted=self._num_preempted)
+        self._num_preempted = 0
+        short, self._short_of_room = self._short_of_room, False
+        waiting = [item for item in self.waiting if self._comes_from_prefill(item)] if short else []
+        if waiting or self._num_without_room:
+            self.stats.gauge(WITHOUT_ROOM, len(waiting))
+            self.stats.gauge(WITHOUT_ROOM_TOKENS, sum(item.num_tokens for item in waiting))
+        self._num_without_room = len(waiting) or int(short)
+        if not self._plans:
+            self.waits_for(("kv_growth",) if short else (), now_s)
+        return False
 
     # The plan.
 
     def plan(self, line: Sequence[Request], now_s: float) -> Sequence[Request]:
         """See `PlannedMixin.plan`."""
-        reasons = ["kv_growth"] if self._short_of_room else []
-        self._short_of_room = False
-        self._headroom = next_headroom(self._headroom, preempted=self._num_preempted)
-        self._num_preempted = 0
+        reasons = ["kv_growth"] if self._num_without_room else []
         self._keep_who_cannot_afford_it(now_s)
         self._prompt_tokens_left = left = self._budget(now_s)
         if left is not None:
@@ -114,6 +130,10 @@ class DecodeMixin(PlannedMixin):
     def _slots_are_taken(self) -> bool:
         taken: int = len(self.running) + self.num_waiting_for_streaming_input
         return taken >= self._max_active
+
+    def _comes_from_prefill(self, request: Request) -> bool:
+        """Whether its KV would be fetched, or lies here already and is not its own yet."""
+        return self.connector.outlook(request) in ("fetch", "here")
 
     def _is_fetch(self, request: Request) -> bool:
         """Whether it would be parked until its KV has come."""
@@ -188,10 +208,13 @@ class DecodeMixin(PlannedMixin):
         self, request: Request, num_new_tokens: int, num_new_computed_tokens: int = 0, *args: Any, **kwargs: Any
     ) -> Any:
         """`KVCacheManager.allocate_slots`; who is not running yet gets blocks only if there is room for its growth, and
-        a request whose KV came early gets the blocks that it came into."""
+        a request whose KV came early gets the blocks that it came into. Where vLLM plans, that is true of requests whose
+        KV comes from prefill: the others it admits as it likes."""
         from vllm.v1.request import RequestStatus
 
-        admission = self._plans and request.status != RequestStatus.RUNNING
+        admission = request.status != RequestStatus.RUNNING and (
+            self._plans or bool(kwargs.get("num_external_computed_tokens"))
+        )
         if admission and not self._may_come_in(request, parks=bool(kwargs.get("delay_cache_blocks"))):
             return None
         blocks = self._allocate_lent(request, num_new_tokens, num_new_computed_tokens, *args, **kwargs)
@@ -228,15 +251,20 @@ class DecodeMixin(PlannedMixin):
         self._short_of_room = not has_room(holders, self._expected(request), usable_blocks=room)
         return not self._short_of_room
 
-    def _num_promised(self) -> int:
-        if not self._plans or not self.settings.early_reads:
-            return 0
+    def _growth_outlook(self) -> GrowthOutlook:
+        """For early reads, which begin before anybody is asked for blocks."""
+        if not self.settings.early_reads:
+            return self._outlook
         number = len(self.running) + len(self.kv_holding_waiting)
-        if number == self._promised[0] and self.current_step % PROMISE_STEPS:
-            return self._promised[1]
-        holders = [self._holding(item) for item in (*self.running, *self.kv_holding_waiting)]
-        self._promised = number, peak_blocks(holders) - sum(held for held, _ in holders)
-        return self._promised[1]
+        if number != self._outlook_of or self.current_step % PROMISE_STEPS == 0:
+            holders = [self._holding(item) for item in (*self.running, *self.kv_holding_waiting)]
+            expected = self._lengths.remaining(None, quantile=0.5, generated=0, most=self.max_model_len)
+            self._outlook_of = number
+            self._outlook = GrowthOutlook(
+                num_promised=peak_blocks(holders) - sum(held for held, _ in holders),
+                each=-(-expected // self.block_size),
+            )
+        return self._outlook
 
     def _expected(self, request: Request) -> tuple[int, int]:
         """`(held, growth)` of a request that holds nothing yet, as if its prompt were here."""

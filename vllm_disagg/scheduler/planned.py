@@ -123,18 +123,30 @@ class PlannedMixin(SafetyMixin):
     def _forget_plan(self) -> None:
         """Nothing of the last step's plan may be left, whether this one gets a plan or not."""
 
+    def hold_back(self, now_s: float) -> bool:
+        """Back-pressure, whoever plans: whether nobody may be admitted in this step. Called before `plan`."""
+        return False
+
     @contextmanager
     def _planned(self) -> Iterator[None]:
         line = list(self.waiting)
         seen: Sequence[Request] | None = None
+        holds_back = False
         self._forget_plan()
-        if self._plans and self._is_unpaused():
+        if self._is_unpaused():
             try:
-                seen = self.plan(line, time.monotonic())
+                now_s = time.monotonic()
+                holds_back = self.hold_back(now_s)
+                if self._plans and not holds_back:
+                    seen = self.plan(line, now_s)
             except Exception:  # vLLM's own order serves as well; nothing may end the engine's loop
                 logger.exception("plan.failed: this step goes in vLLM's order")
                 self._forget_plan()
                 self.stats.count(PLAN_FAILURES)
+        if holds_back:
+            with self._without_waiting():
+                yield
+            return
         if seen is None:
             yield
             return
@@ -144,6 +156,19 @@ class PlannedMixin(SafetyMixin):
             yield
         finally:
             self._put_back(line, seen)
+
+    @contextmanager
+    def _without_waiting(self) -> Iterator[None]:
+        """vLLM sees nobody who waits. Whoever begins to wait meanwhile, since it gave way, goes first afterwards."""
+        from vllm.v1.core.sched.request_queue import create_request_queue
+
+        kept, self.waiting = self.waiting, create_request_queue(self.policy)
+        try:
+            yield
+        finally:
+            new, self.waiting = list(self.waiting), kept
+            for request in reversed(new):
+                self.waiting.prepend_request(request)
 
     def _put_back(self, line: Sequence[Request], seen: Sequence[Request]) -> None:
         """Restore vLLM's order: what is new in the queue first, as vLLM has put it, then what is left of the line."""

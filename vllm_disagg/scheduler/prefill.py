@@ -13,6 +13,8 @@ from vllm_disagg.scheduler.planned import BATCH_TOKENS, PlannedMixin
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+PAUSES = "vllm_disagg_sched_admission_pauses_total"
+
 _LOOK_AHEAD = 128
 """Prompts of the ordered line that a step looks at. With 16 tokens each they would fill the largest usual L_m."""
 
@@ -31,6 +33,19 @@ class PrefillMixin(PlannedMixin):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._stages = self.parallel_config.pipeline_parallel_size
+        self._is_paused = False
+
+    def hold_back(self, now_s: float) -> bool:
+        """Nobody is admitted while decode's KV takes up its share of the cache, whoever orders the prompts: prefill's
+        memory is the queue in front of decode, and this is where it ends."""
+        usable = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
+        paused = bool(self.waiting) and self.connector.num_held_blocks >= self.settings.held_share * usable
+        if paused and not self._is_paused:
+            self.stats.count(PAUSES)
+        self._is_paused = paused
+        if paused or not self._plans:
+            self.waits_for(("held_kv",) if paused else (), now_s)
+        return paused
 
     def plan(self, line: Sequence[Request], now_s: float) -> Sequence[Request]:
         """See `PlannedMixin.plan`."""
@@ -40,9 +55,6 @@ class PrefillMixin(PlannedMixin):
             self.waits_for((), now_s)
             return line
         pool = self.kv_cache_manager.block_pool
-        if self.connector.num_held_blocks >= self.settings.held_share * (pool.num_gpu_blocks - 1):
-            self.waits_for(("held_kv",), now_s)
-            return ()
         from vllm.v1.request import RequestStatus
 
         ready = [item for item in line if item.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_disagg.connector import DisaggConnector
 from vllm_disagg.connector.decode_side import ReceiveReport
+from vllm_disagg.connector.reserve import GrowthOutlook
 from vllm_disagg.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,8 +44,7 @@ class SafetyMixin(_Base):
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """One step: first what has arrived or was given back since the last one, then the plan."""
-        num_promised = self._num_promised()
-        self._apply(self.connector.begin_step(num_running=len(self.running), num_promised=num_promised))
+        self._apply(self.connector.begin_step(num_running=len(self.running), outlook=self._growth_outlook()))
         with self._planned():
             output = super().schedule(*args, **kwargs)
         self._after(output)
@@ -65,9 +65,9 @@ class SafetyMixin(_Base):
             for request in self.requests.values()
         )
 
-    def _num_promised(self) -> int:
-        """Blocks that running requests are expected to grow by."""
-        return 0
+    def _growth_outlook(self) -> GrowthOutlook:
+        """What requests are expected to grow by; nothing, where nobody expects anything."""
+        return GrowthOutlook()
 
     def _planned(self) -> AbstractContextManager[None]:
         """Around vLLM's own scheduling of a step."""
