@@ -91,9 +91,13 @@ class Pair:
             ranks=[self.owner.rank], worker_links=[self.owner.thread.endpoint], holds=self.holds,
         )  # fmt: skip
         self.decode = DecodeControl(
-            keys=KEYS, fingerprint=fingerprint, worker_links=[self.reader.thread.endpoint], pull_timeout_s=pull_timeout_s,
-            tp_ranks=[0], on_report=lambda: None,
-        )  # fmt: skip
+            keys=KEYS,
+            fingerprint=fingerprint,
+            worker_links=[self.reader.thread.endpoint],
+            tp_ranks=[0],
+            pull_timeout_s=pull_timeout_s,
+            on_report=lambda: None,
+        )
         self.introductions = Introductions(
             engine_id=self.decode_id, key=KEY, tally=self.decode.tally, introduce=self.decode.introduce
         )

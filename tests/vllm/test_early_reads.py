@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.vllm.in_process import BLOCK_SIZE, Pair, prompt
-from vllm_disagg.connector.reserve import Reserve, reserve_target
+from vllm_disagg.connector.reserve import GrowthOutlook, Reserve, reserve_target
 from vllm_disagg.errors import TransportError
 from vllm_disagg.testing.leaks import assert_no_leaks
 
@@ -234,7 +234,7 @@ def test_blocks_that_are_not_the_ones_are_not_believed(busy: Busy, monkeypatch: 
 
     again = prompt(LENGTH, seed=14)
     busy.decode_rightly(again, busy.prefilled(again))
-    assert not len(busy.side._reserve)
+    assert not len(busy.side._early._reserve)
 
 
 def test_memory_that_is_short_is_enough_for_what_has_come_early(busy: Busy) -> None:
@@ -262,10 +262,10 @@ def test_a_request_that_vllm_gives_no_blocks_yet_keeps_its_kv(busy: Busy, monkey
 
 
 def test_an_engine_at_rest_keeps_no_reserve(busy: Busy) -> None:
-    assert len(busy.side._reserve)
+    assert len(busy.side._early._reserve)
     busy.decode.abort(busy.stream)
     busy.decode.step()
-    assert not len(busy.side._reserve)
+    assert not len(busy.side._early._reserve)
     assert_no_leaks(busy.decode.scheduler)
 
 
@@ -324,11 +324,11 @@ def test_a_block_lies_in_reserve_for_as_many_steps_as_may_still_write_to_it(busy
     assert reserve.bind(busy.decode.pool)
     reserve.expect(2)
     for _ in range(2):
-        reserve.step(num_running=1)
+        reserve.step(num_running=1, outlook=GrowthOutlook())
         assert reserve.take(2) == ()
-    reserve.step(num_running=1)
+    reserve.step(num_running=1, outlook=GrowthOutlook())
     taken = reserve.take(2)
     assert len(taken) == 2
     reserve.put_back(taken)
-    reserve.step(num_running=0)
+    reserve.step(num_running=0, outlook=GrowthOutlook())
     assert not len(reserve)

@@ -15,19 +15,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from vllm_disagg.connector.control_client import DecodeControl
+from vllm_disagg.connector.early import EarlyFetches, free_blocks
+from vllm_disagg.connector.fetch import Fetch, Handoffs
 from vllm_disagg.connector.messages import BeginRead
 from vllm_disagg.connector.peers import CONNECT_TIMEOUT_S, HELLO_TIMEOUT_S
-from vllm_disagg.connector.pull import Cause, Drained, Settled
-from vllm_disagg.connector.recent import RecentIds
-from vllm_disagg.connector.request_facts import is_rejection_notice, kv_params, prompt_salt, was_aborted
-from vllm_disagg.connector.reserve import Reserve
+from vllm_disagg.connector.pull import Drained, Settled
+from vllm_disagg.connector.request_facts import is_rejection_notice, kv_params, was_aborted
+from vllm_disagg.connector.reserve import GrowthOutlook, Reserve
 from vllm_disagg.connector.stats import TransferStats
 from vllm_disagg.connector.tally import Tally
-from vllm_disagg.connector.worker_thread import ReadJob
-from vllm_disagg.core.handoff import Handoff, check_fits, unseal
 from vllm_disagg.core.lifetime import DECODE, ENDS, Lives, State
 from vllm_disagg.core.types import BlockIds, TransferId
-from vllm_disagg.core.verify import DigestJob, chosen
 from vllm_disagg.errors import InvalidHandoff
 
 if TYPE_CHECKING:
@@ -43,33 +41,8 @@ Outlook = Literal["fetch", "here", "unknown", "local"]
 PAIRING_LIMIT_S = HELLO_TIMEOUT_S + CONNECT_TIMEOUT_S + 5.0
 """How long a request may wait for its prefill engine to be connected, whatever the control thread does."""
 
-_USED_S = 3600.0
-"""How long a handoff is remembered as used. Its hold ends long before: at ten leases."""
-
 _FAILURES = "vllm_disagg_kv_failures_total"
 _RECOMPUTED = "vllm_disagg_kv_recomputed_tokens_total"
-
-
-@dataclass(slots=True, kw_only=True)
-class _Fetch:
-    """One request that came with a handoff, for as long as it uses that KV."""
-
-    request_id: str
-    handoff: Handoff
-    state: State
-    announced_s: float
-    early: bool = False
-    """Its KV comes, or lies, in blocks that are not the request's yet."""
-    blocks: BlockIds = ()
-    first: int = 0
-    """Of an early one: the prompt's block whose KV comes into the first of `blocks`."""
-    num_tokens: int = 0
-    parked_s: float = 0.0
-    refused: Cause | None = None
-    settled: Settled | None = None
-    """Of an early one: what became of it."""
-    claimed: bool = False
-    """Of an early one: vLLM's main thread has heard of the request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +75,21 @@ class DecodeSide:
         overdue_s: float,
         reserve: Reserve | None = None,
     ) -> None:
-        self._control, self._key, self._overdue_s = control, key, overdue_s
-        self._reserve = reserve if num_groups == 1 else None
-        self._arrived: dict[str, _Fetch] = {}
-        self._block_size, self._num_groups = block_size, num_groups
+        self._control, self._overdue_s, self._block_size = control, overdue_s, block_size
+        self._handoffs = Handoffs(key=key, block_size=block_size, num_groups=num_groups)
         self._lives = Lives(DECODE)
-        self._by_request: dict[str, _Fetch] = {}
-        self._pulling: dict[TransferId, _Fetch] = {}
+        self._early = EarlyFetches(
+            control=control,
+            handoffs=self._handoffs,
+            lives=self._lives,
+            reserve=reserve if num_groups == 1 else None,
+        )
+        self._by_request: dict[str, Fetch] = {}
+        self._pulling: dict[TransferId, Fetch] = {}
         """Those that the control thread has not settled, also where the request has gone."""
-        self._received: dict[str, _Fetch] = {}
-        self._reads: list[ReadJob] = []
+        self._received: dict[str, Fetch] = {}
+        self._reads: list[BeginRead] = []
         self._draining: dict[TransferId, BlockIds] = {}
-        self._used = RecentIds(keep_s=_USED_S)
         self._pool: BlockPool | None = None
         self._stats = TransferStats()
         self._pairs = Tally()
@@ -121,55 +97,11 @@ class DecodeSide:
     def bind_block_pool(self, pool: BlockPool) -> None:
         """vLLM's block pool, once it exists."""
         self._pool = pool
-        if self._reserve is not None and not self._reserve.bind(pool):
-            logger.warning("early.off: this vLLM's block pool does not give out first what was freed last")
-            self._reserve = None
+        self._early.bind_block_pool(pool)
 
     def on_arrival(self, request: Request) -> None:
-        """The request has come in while a step is running: begin to fetch if there is room. On any thread, before
-        vLLM's main thread hears of it; what is wrong with its handoff is told then."""
-        params = kv_params(request)
-        if self._reserve is None or not params.get("do_remote_prefill"):
-            return
-        try:
-            handoff = self._checked(request, params.get("handoff"))
-        except InvalidHandoff:
-            return
-        first = self._num_cached_blocks(request)
-        if handoff.num_tokens - first * self._block_size <= 1:
-            return
-        remote = handoff.block_ids[0][first:]
-        self._reserve.expect(len(remote))
-        if self._control.readiness(handoff)[0] != "ready":
-            return
-        blocks = self._reserve.take(len(remote))
-        if not blocks:
-            return
-        now_s = time.monotonic()
-        if not self._used.add(handoff.transfer_id, now_s=now_s):
-            self._reserve.put_back(blocks)
-            return
-        self._arrived[request.request_id] = _Fetch(
-            request_id=request.request_id,
-            handoff=handoff,
-            state=self._lives.step(self._lives.begin("accepted"), "reserved"),
-            announced_s=now_s,
-            early=True,
-            blocks=(blocks,),
-            first=first,
-            parked_s=now_s,
-        )
-        self._control.announce(handoff)
-        self._control.begin(
-            BeginRead(
-                transfer_id=handoff.transfer_id,
-                engine_id=handoff.engine_id,
-                local_blocks=(blocks,),
-                remote_blocks=(remote,),
-                verify=self._to_verify(handoff, (blocks,), first),
-            ),
-            first_block=first,
-        )
+        """The request has come in while a step is running. On any thread, before vLLM's main thread hears of it."""
+        self._early.on_arrival(request)
 
     def on_new_request(self, request: Request) -> None:
         """Check the handoff and get ready to fetch. Whatever is wrong with it costs a local prefill, nothing else."""
@@ -181,7 +113,7 @@ class DecodeSide:
             known.claimed = True
             return
         try:
-            handoff = self._accept(request, params.get("handoff"))
+            handoff = self._handoffs.accepted(request, params.get("handoff"))
         except InvalidHandoff as refusal:
             if is_rejection_notice(request):
                 self._let_go(params.get("handoff"))
@@ -191,7 +123,7 @@ class DecodeSide:
             self._count_failure(refusal.cause, request.num_prompt_tokens)
             return
         now_s = time.monotonic()
-        self._by_request[request.request_id] = _Fetch(
+        self._by_request[request.request_id] = Fetch(
             request_id=request.request_id, handoff=handoff, state=self._lives.begin("accepted"), announced_s=now_s
         )
         self._control.announce(handoff)
@@ -206,7 +138,7 @@ class DecodeSide:
         """
         fetch = self._by_request.get(request.request_id)
         if fetch is not None and fetch.early:
-            return self._match_early(fetch, num_computed_tokens), False
+            return self._early.match(fetch, num_computed_tokens), False
         if fetch is None or fetch.state is not State.QUEUED_ON_DECODE:
             return 0, False
         if fetch.handoff.num_tokens - num_computed_tokens <= 1:
@@ -258,12 +190,12 @@ class DecodeSide:
         fetch.blocks = tuple(tuple(group[first:last]) for group in blocks.get_block_ids())
         remote = tuple(tuple(group[first:last]) for group in fetch.handoff.block_ids)
         self._reads.append(
-            ReadJob(
+            BeginRead(
                 transfer_id=fetch.handoff.transfer_id,
                 engine_id=fetch.handoff.engine_id,
                 local_blocks=fetch.blocks,
                 remote_blocks=remote,
-                verify=self._to_verify(fetch.handoff, fetch.blocks, first),
+                verify=self._handoffs.to_verify(fetch.handoff, fetch.blocks, first),
             )
         )
         self._control.expect(fetch.handoff.transfer_id, first_block=first)
@@ -279,44 +211,19 @@ class DecodeSide:
             Whether it has early KV. Then `lent` tells how it went, before anything else takes blocks.
         """
         fetch = self._by_request.get(request.request_id)
-        if fetch is None or not fetch.early or not fetch.blocks or self._pool is None:
-            return False
-        assert self._reserve is not None
-        spare = num_local_tokens // self._block_size - fetch.first
-        self._reserve.returned(spare)
-        self._free((fetch.blocks[0][:spare],))
-        fetch.blocks, fetch.first = (fetch.blocks[0][spare:],), fetch.first + spare
-        self._pool.free_blocks([self._pool.blocks[block] for block in fetch.blocks[0]])
-        return True
+        return fetch is not None and fetch.early and self._early.lend(fetch, num_local_tokens)
 
     def lent(self, request: Request, block_ids: tuple[list[int], ...] | None) -> bool:
         """These are the request's blocks now; None for none yet, and its early KV is kept. False: they are not the
         ones that hold its KV, which is lost."""
-        fetch = self._by_request[request.request_id]
-        assert self._pool is not None and self._reserve is not None
-        blocks = fetch.blocks[0]
-        if block_ids is None:
-            again = [block.block_id for block in self._pool.get_new_blocks(len(blocks))]
-            if again == list(blocks):
-                return True
-            self._pool.free_blocks([self._pool.blocks[block] for block in again])
-        elif tuple(block_ids[0][fetch.first : fetch.first + len(blocks)]) == blocks[: len(block_ids[0]) - fetch.first]:
-            self._reserve.returned(len(blocks))
-            fetch.blocks = ()
-            return True
-        logger.error("early.misplaced request=%s: no more early fetches", request.request_id)
-        self._reserve.returned(len(blocks))
-        self._reserve.close()
-        fetch.blocks = ()
-        fetch.refused = "misplaced"
-        return False
+        return self._early.lent(self._by_request[request.request_id], block_ids)
 
-    def before_step(self, *, num_running: int, num_promised: int = 0) -> None:
+    def before_step(self, *, num_running: int, outlook: GrowthOutlook) -> None:
         """Called at the start of every step, after `take_reports`: keep the reserve as large as it should be."""
-        if self._reserve is not None:
-            self._reserve.step(num_running=num_running, num_promised=num_promised)
+        num_early = sum(fetch.early for fetch in self._by_request.values())
+        self._early.before_step(num_running=num_running, outlook=outlook, num_early=num_early)
 
-    def take_reads(self) -> tuple[ReadJob, ...]:
+    def take_reads(self) -> tuple[BeginRead, ...]:
         """The reads that begin with this step."""
         reads, self._reads = tuple(self._reads), []
         return reads
@@ -347,7 +254,7 @@ class DecodeSide:
         elif before is State.QUEUED_ON_DECODE:
             self._control.forget(fetch.handoff.transfer_id)
         elif fetch.settled is not None:
-            self._free_early(fetch)
+            self._early.give_back(fetch)
 
     def take_reports(self) -> list[ReceiveReport]:
         """Parked requests whose fate is now known, each exactly once. Called at the start of every step."""
@@ -381,7 +288,7 @@ class DecodeSide:
     def num_followed(self) -> int:
         """Requests that came with a handoff and use its KV, and blocks that are not settled or not quiet."""
         gone = sum(fetch.request_id not in self._by_request for fetch in self._pulling.values())
-        return len(self._arrived) + len(self._by_request) + gone + len(self._draining)
+        return self._early.num_arrived + len(self._by_request) + gone + len(self._draining)
 
     def add_stats(self, stats: TransferStats) -> None:
         """What happened since the last call."""
@@ -391,75 +298,19 @@ class DecodeSide:
         stats.transitions(self._lives.take())
         stats.gauge("vllm_disagg_kv_draining_requests", len(self._draining))
 
-    def _accept(self, request: Request, text: object) -> Handoff:
-        handoff = self._checked(request, text)
-        if not self._used.add(handoff.transfer_id, now_s=time.monotonic()):
-            raise InvalidHandoff("the handoff was used before: it works once")
-        return handoff
-
-    def _checked(self, request: Request, text: object) -> Handoff:
-        handoff = unseal(text, self._key)
-        if request.prompt_token_ids is None or request.prompt_embeds is not None:
-            raise InvalidHandoff("the prompt is not made of token ids alone")
-        check_fits(
-            handoff,
-            token_ids=request.prompt_token_ids,
-            salt=prompt_salt(request),
-            block_size=self._block_size,
-            num_groups=self._num_groups,
-        )
-        return handoff
-
-    def _num_cached_blocks(self, request: Request) -> int:
-        """How many of the prompt's first blocks vLLM's prefix cache holds now. Only a guess: it may change."""
-        if self._pool is None or not self._pool.enable_caching or request.skip_reading_prefix_cache:
-            return 0
-        most = (request.num_prompt_tokens - 1) // self._block_size
-        number = 0
-        while number < min(most, len(request.block_hashes)):
-            if self._pool.get_cached_block(request.block_hashes[number], [0]) is None:
-                break
-            number += 1
-        return number
-
     def _let_go(self, text: object) -> None:
         """A request with this handoff never reached the engine, or has just left it: give its KV back, unless it was
         here, when its own end does that."""
-        try:
-            handoff = unseal(text, self._key)
-        except InvalidHandoff:
-            return
-        if self._used.add(handoff.transfer_id, now_s=time.monotonic()):
+        handoff = self._handoffs.unused(text)
+        if handoff is not None:
             self._control.announce(handoff)
             self._control.forget(handoff.transfer_id)
 
     def _adopt_arrived(self) -> None:
-        for request_id in list(self._arrived):
-            fetch = self._arrived.pop(request_id)
-            self._by_request[request_id] = self._pulling[fetch.handoff.transfer_id] = fetch
+        for fetch in self._early.take_arrived():
+            self._by_request[fetch.request_id] = self._pulling[fetch.handoff.transfer_id] = fetch
 
-    def _to_verify(self, handoff: Handoff, blocks: BlockIds, first: int) -> DigestJob | None:
-        """The digests that are to be made of what comes into `blocks`, from the prompt's block `first` on."""
-        places = chosen(handoff.verify, handoff.nonce, handoff.num_blocks(self._block_size), first=first)
-        if not places:
-            return None
-        return DigestJob(
-            transfer_id=handoff.transfer_id,
-            nonce=handoff.nonce,
-            places=places,
-            blocks=tuple(tuple(group[place - first] for place in places) for group in blocks),
-        )
-
-    def _match_early(self, fetch: _Fetch, num_computed_tokens: int) -> int | None:
-        if fetch.settled is None:
-            return None
-        if not fetch.refused and fetch.first * self._block_size > num_computed_tokens:
-            fetch.refused = "prefix_evicted"
-        if fetch.refused:
-            return 0
-        return max(0, fetch.handoff.num_tokens - 1 - num_computed_tokens)
-
-    def _landed(self, fetch: _Fetch, num_external_tokens: int) -> None:
+    def _landed(self, fetch: Fetch, num_external_tokens: int) -> None:
         """Its blocks hold its KV, and are the request's now (`lent`)."""
         assert fetch.settled is not None and not fetch.blocks
         fetch.early = False
@@ -467,7 +318,7 @@ class DecodeSide:
         self._stats.count("vllm_disagg_kv_early_reads_total")
         self._note_received(fetch, fetch.settled)
 
-    def _decline(self, fetch: _Fetch) -> None:
+    def _decline(self, fetch: Fetch) -> None:
         """vLLM goes on without our tokens: cached here already, not readable, or not wanted by the request's kind."""
         before = fetch.state
         if before not in ENDS:  # else its early read has failed
@@ -480,28 +331,18 @@ class DecodeSide:
         elif before is State.RECEIVING:  # vLLM did not wait: its blocks come back when the read is over
             self._control.cancel(fetch.handoff.transfer_id)
         else:
-            self._free_early(fetch)
+            self._early.give_back(fetch)
             fetch.early = False
         self._received.pop(fetch.request_id, None)
         if fetch.state is not State.RUNNING:
             del self._by_request[fetch.request_id]
 
-    def _free_early(self, fetch: _Fetch) -> None:
-        """The blocks of an early fetch go back to the pool, unread."""
-        if fetch.early and fetch.blocks:
-            assert self._reserve is not None
-            self._reserve.returned(len(fetch.blocks[0]))
-            self._free(fetch.blocks)
-            fetch.blocks = ()
-
-    def _settle_early(self, fetch: _Fetch, settled: Settled) -> None:
+    def _settle_early(self, fetch: Fetch, settled: Settled) -> None:
         fetch.settled = settled
         if settled.draining:
-            assert self._reserve is not None
-            self._reserve.returned(len(fetch.blocks[0]))
-            self._draining[settled.transfer_id], fetch.blocks = fetch.blocks, ()
+            self._draining[settled.transfer_id] = self._early.withdraw(fetch)
         if fetch.state is not State.RECEIVING:  # the request has gone, or goes on without it
-            self._free_early(fetch)
+            self._early.give_back(fetch)
             fetch.early = False
             return
         fetch.state = self._lives.step(fetch.state, _event_of(settled))
@@ -509,7 +350,7 @@ class DecodeSide:
             self._received[fetch.request_id] = fetch
         else:
             fetch.refused = settled.cause
-            self._free_early(fetch)
+            self._early.give_back(fetch)
 
     def _settle(self, settled: Settled) -> list[ReceiveReport]:
         fetch = self._pulling.pop(settled.transfer_id, None)
@@ -553,12 +394,12 @@ class DecodeSide:
         for fetch in lost:  # vLLM has lost the request on its way to the main thread
             if fetch.state not in ENDS:
                 fetch.state = self._lives.step(fetch.state, "client_left")
-            self._free_early(fetch)
+            self._early.give_back(fetch)
             self._received.pop(fetch.request_id, None)
             del self._by_request[fetch.request_id]
         return reports
 
-    def _note_received(self, fetch: _Fetch, settled: Settled) -> None:
+    def _note_received(self, fetch: Fetch, settled: Settled) -> None:
         seconds = (settled.at_s or time.monotonic()) - fetch.parked_s
         self._stats.observe("vllm_disagg_kv_transfer_seconds", seconds)
         self._stats.observe("vllm_disagg_kv_read_seconds", settled.read_s)
@@ -582,7 +423,7 @@ class DecodeSide:
         self._stats.count(_FAILURES, label=cause)
         self._stats.count(_RECOMPUTED, num_tokens, label=cause)
 
-    def _pin(self, fetch: _Fetch) -> None:
+    def _pin(self, fetch: Fetch) -> None:
         """Keep blocks out of use that a peer may still write to."""
         assert self._pool is not None, "vLLM binds the block pool before the first request"
         self._pool.touch([self._pool.blocks[block] for group in fetch.blocks for block in group])
@@ -592,12 +433,7 @@ class DecodeSide:
         blocks = self._draining.pop(transfer_id, None)
         if blocks is None or self._pool is None:
             return
-        self._free(blocks)
-
-    def _free(self, blocks: BlockIds) -> None:
-        assert self._pool is not None
-        for group in blocks:
-            self._pool.free_blocks([self._pool.blocks[block] for block in reversed(group)])
+        free_blocks(self._pool, blocks)
 
 
 def _event_of(settled: Settled) -> str:

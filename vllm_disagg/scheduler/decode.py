@@ -208,7 +208,7 @@ class DecodeMixin(PlannedMixin):
         self, request: Request, num_new_tokens: int, num_new_computed_tokens: int = 0, *args: Any, **kwargs: Any
     ) -> Any:
         """`KVCacheManager.allocate_slots`; who is not running yet gets blocks only if there is room for its growth, and
-        a request whose KV came early gets the blocks that it came into. Where vLLM plans, that is true of requests whose
+        a request whose KV came early gets the blocks that it came into. Where vLLM plans, that is so for requests whose
         KV comes from prefill: the others it admits as it likes."""
         from vllm.v1.request import RequestStatus
 
