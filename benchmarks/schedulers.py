@@ -248,6 +248,7 @@ def start(stack: ExitStack, row: Row, side: str, host: ForkHost, folder: Path, k
     shared = [
         "--dilation", str(k), "--emulate-link", "nvlink", "--emulate-link-ledger", str(folder / "links"),
         "--kv-lease-s", str(30 * k), "--kv-pull-timeout-s", str(10 * k), "--kv-scheduling", side,
+        "--no-kv-back-pressure",
     ]  # fmt: skip
     ours = ["--kv-profile", PROFILE, "--kv-slo-ttft-s", str(2 * k), "--kv-slo-tpot-s", str(0.1 * k)]
 

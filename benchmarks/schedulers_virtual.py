@@ -131,6 +131,7 @@ class Deployment:
         shared = [
             "--emulate", PROFILE, "--dilation", "0", "--block-size", str(BLOCK_SIZE), "--max-model-len", "2048",
             "--kv-key-file", str(folder / "key"), "--kv-control-port", str(_free_port()), "--kv-scheduling", side,
+            "--no-kv-back-pressure",
             "--kv-lease-s", "600", "--kv-pull-timeout-s", "60",
         ]  # fmt: skip
         ours = ["--kv-profile", PROFILE] if side == "phase" else []

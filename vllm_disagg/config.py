@@ -77,6 +77,11 @@ class EngineSettings:
         "How requests are scheduled: phase packs whole prompts on prefill, and on decode keeps the streams' pace and "
         "admits by expected growth; vllm leaves all of it to vLLM.",
     )
+    back_pressure: bool = setting(
+        True,
+        "Also where vLLM schedules: prefill stops to admit prompts at its held share, and decode fetches KV only with "
+        "room for the prompt and its expected growth. phase always does so.",
+    )
     prefill_order: PrefillOrder = setting(
         "fcfs",
         "Order of waiting prompts on prefill: fcfs as they came, sjf short ones first (with ageing), edf by the time "

@@ -41,6 +41,7 @@ _FLAGS: dict[str, tuple[str, type | tuple[str, ...]]] = {
     "pull_timeout_s": ("--kv-pull-timeout-s", float),
     "early_reads": ("--kv-early-reads", bool),
     "verify": ("--kv-verify", get_args(VerifyMode)),
+    "back_pressure": ("--kv-back-pressure", bool),
     "scheduling": ("--kv-scheduling", get_args(Scheduling)),
     "prefill_order": ("--kv-prefill-order", get_args(PrefillOrder)),
     "batch_tokens": ("--kv-batch-tokens", int),

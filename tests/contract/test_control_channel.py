@@ -322,7 +322,7 @@ def test_a_busy_port_is_a_setting_to_change() -> None:
 
 
 def test_workers_serve_on_for_a_while_when_the_last_hold_has_ended() -> None:
-    """A read that was given up is still under way then, and where reads are emulated ends only while its owner serves."""
+    """A read that was given up is under way then, and where reads are emulated it ends only while its owner serves."""
     prefill = Prefill()
     try:
         handoff = prefill.hold()

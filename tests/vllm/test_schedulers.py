@@ -157,8 +157,15 @@ def test_priority_goes_first_and_patience_before_priority(split: Callable[..., S
     assert order_of(pair.prefill, names) == [1, 3, 2, 0]
 
 
-def test_prefill_stops_to_admit_while_it_holds_its_share(split: Callable[..., Split]) -> None:
-    flags = ("--num-gpu-blocks-override", "64", "--max-model-len", "400")
+@pytest.mark.parametrize(
+    "scheduler",
+    [(), ("--kv-scheduling", "vllm"), ("--scheduling-policy", "priority")],
+    ids=["phase", "vllm", "priority"],
+)
+def test_prefill_stops_to_admit_while_it_holds_its_share(
+    split: Callable[..., Split], scheduler: tuple[str, ...]
+) -> None:
+    flags = ("--num-gpu-blocks-override", "64", "--max-model-len", "400", "--max-num-batched-tokens", "160", *scheduler)
     pair = split(prefill_flags=(*flags, "--kv-held-share", "0.5", "--kv-batch-tokens", "160"))
     prompts = [words(160, seed) for seed in range(6)]  # ten blocks each: after the fourth 40 of 63 are held
     ids = [new_transfer_id() for _ in prompts]
@@ -172,7 +179,9 @@ def test_prefill_stops_to_admit_while_it_holds_its_share(split: Callable[..., Sp
     for _ in range(50):
         pair.prefill.step()
     assert all(pair.prefill.status(name) == "WAITING" for name in names[4:])
-    assert statistics(pair.prefill)["vllm_disagg_sched_waiting_seconds_total{held_kv}"] > 0
+    told = statistics(pair.prefill)
+    assert told["vllm_disagg_sched_waiting_seconds_total{held_kv}"] > 0
+    assert told["vllm_disagg_sched_admission_pauses_total"] == 1
 
     def fetch(answer: Answer, tokens: list[int], number: str) -> str:
         assert answer.kv_transfer_params is not None
@@ -252,7 +261,7 @@ SMALL = ("--num-gpu-blocks-override", "61", "--max-model-len", "400", "--no-enab
 
 def preempted_tokens(split: Callable[..., Split], scheduling: str) -> int:
     """Many answers of 60 tokens through a small cache, some of them known already."""
-    pair = split(decode_flags=(*SMALL, "--kv-scheduling", scheduling))
+    pair = split(decode_flags=(*SMALL, "--kv-scheduling", scheduling, "--no-kv-back-pressure"))
     wishes = [greedy(60)] * 20
     pair.answers([words(33, seed) for seed in range(20)], wishes)
     pair.answers([words(33, 50 + seed) for seed in range(20)], wishes)
@@ -264,6 +273,35 @@ def test_who_is_admitted_has_room_to_grow(split: Callable[..., Split]) -> None:
 
     assert stock > 500
     assert ours * 5 <= stock
+
+
+@pytest.mark.parametrize("scheduling", ["phase", "vllm"])
+@pytest.mark.parametrize("early", ["--kv-early-reads", "--no-kv-early-reads"])
+def test_kv_is_fetched_only_with_room_for_the_prompt_and_its_growth(
+    split: Callable[..., Split], whole: Engine, scheduling: str, early: str
+) -> None:
+    """60 blocks: three prompts of 10 blocks that grow by 10 each fit, a fourth prompt would fit for now."""
+    pair = split(decode_flags=(*SMALL, "--kv-scheduling", scheduling, early))
+    scheduler, holds = pair.decode.scheduler, pair.prefill.scheduler.connector._prefill._holds
+    prompts, wishes = [words(150, seed) for seed in range(6)], [greedy(160)] * 6
+    scheduler._lengths.remaining = lambda kind, *, quantile, generated, most: most - generated  # each uses all it may
+    names = pair.hand_over(prompts[:1], wishes[:1])
+    pair.decode.run_until(lambda: pair.decode.status(names[0]) == "RUNNING", "a stream, and with it a reserve")
+    names += pair.hand_over(prompts[1:], wishes[1:])
+    for _ in range(5):
+        pair.decode.step()
+    told = pair.decode.run_until(lambda: holds.usage()[0] == 3, "the second and third one") or statistics(pair.decode)
+
+    assert [pair.decode.status(name) for name in names[3:]] == ["WAITING"] * 3
+    assert told["vllm_disagg_sched_without_room_requests"] == 3
+    assert told["vllm_disagg_sched_without_room_tokens"] == 450
+    answers = pair.decode.run(names)
+    told = statistics(pair.decode)
+    assert told.get("vllm_disagg_sched_preempted_tokens_total", 0) == 0
+    assert told["vllm_disagg_sched_waiting_seconds_total{kv_growth}"] > 0
+    assert told["vllm_disagg_sched_without_room_requests"] == told["vllm_disagg_sched_without_room_tokens"] == 0
+    right = whole.run([whole.add(*item) for item in zip(prompts, wishes, strict=True)])
+    assert [answer.words for answer in answers] == [answer.words for answer in right]
 
 
 def test_a_plan_that_fails_costs_nothing_but_its_order(split: Callable[..., Split], whole: Engine) -> None:

@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 
 from prometheus_client import CollectorRegistry
 
-from tests.vllm.in_process import BLOCK_SIZE, Engine, Pair, prompt
+from tests.vllm.in_process import BLOCK_SIZE, NUM_BLOCKS, Engine, Pair, prompt
 from tests.vllm.test_seam_code import make_metrics
 
 pytestmark = pytest.mark.vllm
@@ -75,6 +75,7 @@ def test_held_blocks_and_their_age_are_told(pair: Pair) -> None:
 
     assert value(told, "held_requests") == 1
     assert value(told, "held_blocks") == 3
+    assert value(told, "held_share") == 3 / (NUM_BLOCKS - 1)
     assert value(told, "oldest_hold_seconds") > 0
     assert value(told, "holds_total", event="granted") == 1
 

@@ -213,7 +213,7 @@ class DecodeMixin(PlannedMixin):
         from vllm.v1.request import RequestStatus
 
         admission = request.status != RequestStatus.RUNNING and (
-            self._plans or bool(kwargs.get("num_external_computed_tokens"))
+            self._plans or (self._presses_back and bool(kwargs.get("num_external_computed_tokens")))
         )
         if admission and not self._may_come_in(request, parks=bool(kwargs.get("delay_cache_blocks"))):
             return None
@@ -253,7 +253,7 @@ class DecodeMixin(PlannedMixin):
 
     def _growth_outlook(self) -> GrowthOutlook:
         """For early reads, which begin before anybody is asked for blocks."""
-        if not self.settings.early_reads:
+        if not (self.settings.early_reads and self._presses_back):
             return self._outlook
         number = len(self.running) + len(self.kv_holding_waiting)
         if number != self._outlook_of or self.current_step % PROMISE_STEPS == 0:

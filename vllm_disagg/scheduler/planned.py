@@ -63,6 +63,7 @@ class PlannedMixin(SafetyMixin):
         self.measure = self._begin_measuring()
         self._waits: dict[str, float] = {}
         self._plans = self.settings.scheduling == "phase" and self._can_plan()
+        self._presses_back = self._plans or self.settings.back_pressure
 
     def _can_plan(self) -> bool:
         from vllm.v1.core.sched.request_queue import FCFSRequestQueue
@@ -136,7 +137,7 @@ class PlannedMixin(SafetyMixin):
         if self._is_unpaused():
             try:
                 now_s = time.monotonic()
-                holds_back = self.hold_back(now_s)
+                holds_back = self._presses_back and self.hold_back(now_s)
                 if self._plans and not holds_back:
                     seen = self.plan(line, now_s)
             except Exception:  # vLLM's own order serves as well; nothing may end the engine's loop
