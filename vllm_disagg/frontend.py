@@ -39,7 +39,7 @@ from vllm_disagg.transport import choose_transport
 
 STATUS_PATH, RELEASE_PATH = "/disagg/status", "/disagg/release"
 RELEASE_TIMEOUT_S = 2.0
-_MAX_BODY_BYTES = 8192
+_MAX_BODY_BYTES = 4096
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +16,12 @@ pytest.importorskip("vllm")
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from vllm_disagg.config import EngineSettings
+from vllm_disagg.config import KEY_ENV, EngineSettings
 from vllm_disagg.connector import stats, worker_side
 from vllm_disagg.connector.worker_side import segments_of
-from vllm_disagg.core.types import new_transfer_id
+from vllm_disagg.core.introduction import INTRODUCE_PATH, check_introduction
+from vllm_disagg.core.keys import load_key
+from vllm_disagg.core.types import EngineId, new_transfer_id
 from vllm_disagg.frontend import RELEASE_PATH, STATUS_PATH, DisaggFrontend
 from vllm_disagg.scheduler import wakeup
 from vllm_disagg.scheduler.safety import SafetyMixin
@@ -160,7 +163,7 @@ def test_intervals_add_up() -> None:
 
 def frontend(role: str) -> tuple[DisaggFrontend, dict[str, Any]]:
     settings = EngineSettings(role=role, key_file=None)  # type: ignore[arg-type]
-    transfer = SimpleNamespace(kv_connector_extra_config=settings.to_extra_config())
+    transfer = SimpleNamespace(kv_connector_extra_config=settings.to_extra_config(), engine_id=f"{role}-run")
     app = SimpleNamespace(state=SimpleNamespace(vllm_config=SimpleNamespace(kv_transfer_config=transfer)))
 
     async def rest(scope: Any, receive: Any, send: Any) -> None:
@@ -204,6 +207,49 @@ async def test_a_decode_instance_has_nothing_to_release() -> None:
     start, answer = await call("decode", "POST", RELEASE_PATH, body)
 
     assert (start["status"], json.loads(answer["body"])) == (200, {"released": False})
+
+
+async def test_a_decode_instance_is_introduced_to_a_prefill_instance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_ENV, "k" * 64)
+    start, answer = await call("decode", "GET", INTRODUCE_PATH)
+    assert start["status"] == 200
+
+    start, answer = await call("prefill", "POST", INTRODUCE_PATH, answer["body"])
+    assert start["status"] == 200
+    raw = json.loads(answer["body"])["introduction"]
+    told, _ = check_introduction(raw, load_key(None), engine_id=EngineId("decode-run"), now_s=time.monotonic())
+
+    assert (told.engine_id, told.control) == ("prefill-run", "tcp://127.0.0.1:14579")
+
+
+@pytest.mark.parametrize(
+    ("role", "method", "body", "status"),
+    [
+        ("prefill", "GET", b"", 409),
+        ("prefill", "POST", b"", 400),
+        ("prefill", "POST", b'{"introduction": "x"}', 400),
+        ("prefill", "POST", b'{"challenge": "tcp://127.0.0.1:1"}', 403),
+        ("prefill", "POST", b'{"challenge": 7}', 400),
+        ("decode", "POST", b'{"challenge": "x"}', 400),
+        ("decode", "POST", b'{"introduction": "x"}' + b" " * 5000, 400),
+    ],
+)
+async def test_what_is_no_introduction_is_refused(
+    role: str, method: str, body: bytes, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY_ENV, "k" * 64)
+    start, answer = await call(role, method, INTRODUCE_PATH, body)
+
+    assert start["status"] == status
+    assert json.loads(answer["body"])["error"]
+
+
+async def test_an_introduction_to_an_engine_that_does_not_answer_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_ENV, "k" * 64)
+    monkeypatch.setattr("vllm_disagg.frontend.INTRODUCE_TIMEOUT_S", 0.2)
+    start, _ = await call("decode", "POST", INTRODUCE_PATH, b'{"introduction": "x"}')
+
+    assert start["status"] == 504
 
 
 def test_the_engine_learns_once_how_to_be_woken(monkeypatch: pytest.MonkeyPatch) -> None:
