@@ -236,6 +236,30 @@ def test_nothing_arrives_from_a_frozen_peer_once_its_read_has_ended(
     assert (memory.data == CANARY).all()
 
 
+@pytest.mark.parametrize("link", [NCCL], ids=["nccl"])
+def test_a_read_that_stands_still_goes_on_over_a_new_connection(made: Rig, start_peer: StartPeer) -> None:
+    """Not over NIXL on TCP, where UCX may end an owner whose link is torn down while it does not run."""
+    peer = start_peer("stopped", 128)
+    memory = Memory(peer.num_bytes)
+    reader = made.agent(memory).transport
+    name = warm_up(reader, memory, peer)
+    handle = read_all(reader, memory, name, peer)
+    run_until(lambda: bool(memory.data[-1024:].any()), reader)
+    peer.stop()
+    assert poll_for(reader, 0.3) == []
+    before = reader.movement(name)
+    assert poll_for(reader, 0.3) == []
+    assert reader.movement(name) == before and before.bytes_under_way > 0
+
+    reader.rebuild(name)
+    peer.go_on()
+    (outcome,) = finish(reader)
+
+    assert (outcome.handle, outcome.state) == (handle, "done"), outcome.error
+    assert (memory.data == expected(peer).data).all()
+    assert reader.movement(name).bytes_under_way == 0
+
+
 @pytest.mark.parametrize("link", [NIXL, NCCL], ids=["nixl", "nccl"])
 def test_a_peer_frozen_while_connecting_is_read_later_from_the_same_descriptor(
     made: Rig, start_peer: StartPeer

@@ -149,9 +149,12 @@ class DecodeControl:
         """Connect to a prefill engine without a request, or again after its back-off."""
         self._orders.put(functools.partial(self.peers.pair, engine_id, address))
 
-    def introduce(self, engine_id: EngineId, address: str) -> None:
-        """Connect to a prefill engine ahead of its first request."""
+    def introduce(self, engine_id: EngineId, address: str) -> bool:
+        """Connect to a prefill engine ahead of its first request. False, and nothing, if enough of them are known."""
+        if not self.peers.has_room_for(engine_id):
+            return False
         self._orders.put(functools.partial(self.peers.introduce, engine_id, address))
+        return True
 
     def probe(self, order: RunProbe, on_ended: Callable[[int, WorkerReport], None]) -> None:
         """Have every worker probe a prefill engine that is ready. `on_ended` is called on this thread with a worker's

@@ -24,7 +24,7 @@ class Introductions:
         engine_id: this run of this engine.
         key: the deployment key.
         tally: where they are counted, by outcome.
-        introduce: takes a prefill engine's run and its control address.
+        introduce: takes a prefill engine's run and its control address; False if it knows enough of them.
         clock: monotonic seconds of this host.
     """
 
@@ -34,7 +34,7 @@ class Introductions:
         engine_id: EngineId,
         key: bytes,
         tally: Tally,
-        introduce: Callable[[EngineId, str], None],
+        introduce: Callable[[EngineId, str], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine_id, self._key, self._tally = engine_id, key, tally
@@ -57,5 +57,6 @@ class Introductions:
         introduction, nonce = check_introduction(raw, self._key, engine_id=self._engine_id, now_s=now_s)
         if not self._used.add(TransferId(nonce), now_s=now_s):
             raise IntroductionRefused("reused", "the introduction was taken before")
+        if not self._introduce(introduction.engine_id, introduction.control):
+            raise IntroductionRefused("full", "enough prefill engines are known: this one is met at its first request")
         logger.info("introduction.taken engine=%s control=%s", introduction.engine_id, introduction.control)
-        self._introduce(introduction.engine_id, introduction.control)

@@ -48,7 +48,7 @@ from vllm_disagg.core.types import EngineId
 
 logger = logging.getLogger(__name__)
 
-MAX_INTRODUCED = 256
+MAX_INTRODUCED = 128
 """Engines that are known without a request of theirs. Further ones are met at their first request."""
 
 _MAX_FRAMES_PER_TURN = 256
@@ -102,6 +102,10 @@ class PeerTable:
         """How many there are, failed ones included."""
         return len(self._peers)
 
+    def has_room_for(self, engine_id: EngineId) -> bool:
+        """Whether an engine that nobody has asked for yet may be known. On any thread."""
+        return engine_id in self._peers or len(self._peers) < MAX_INTRODUCED
+
     def pair(self, engine_id: EngineId, address: str) -> None:
         """Connect to a prefill engine, or again after its back-off."""
         now_s = time.monotonic()
@@ -114,7 +118,7 @@ class PeerTable:
 
     def introduce(self, engine_id: EngineId, address: str) -> None:
         """The same ahead of any request; heeded while few enough are known."""
-        if engine_id in self._peers or len(self._peers) < MAX_INTRODUCED:
+        if self.has_room_for(engine_id):
             self.pair(engine_id, address)
 
     def hear(self, ready: Mapping[Any, int]) -> None:

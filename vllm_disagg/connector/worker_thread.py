@@ -272,9 +272,9 @@ class WorkerThread:
             self._disconnect(sources)
         else:
             self._sources[message.engine_id] = sources
-            for source in sources:
-                self._transport.warm(source.name)
         self._say(PeerState(engine_id=message.engine_id, error=error, misfit=misfit))
+        for source in self._sources.get(message.engine_id, ()):
+            self._transport.warm(source.name)
 
     def _disconnect(self, sources: Sequence[_Source]) -> None:
         for source in sources:

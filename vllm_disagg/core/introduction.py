@@ -33,8 +33,9 @@ VALID_S: Final = 30.0
 
 MAX_INTRODUCTION_BYTES: Final = 4096
 
-Refusal = Literal["forged", "foreign", "expired", "reused"]
-"""Why an introduction is not taken: not signed with our key, for another run of this engine, too late, seen before."""
+Refusal = Literal["forged", "foreign", "expired", "reused", "full"]
+"""Why an introduction is not taken: not signed with our key, for another run of this engine, too late, seen before, or
+enough engines are known."""
 
 
 class Challenge(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):

@@ -163,11 +163,13 @@ class PlannedMixin(SafetyMixin):
         """vLLM sees nobody who waits. Whoever begins to wait meanwhile, since it gave way, goes first afterwards."""
         from vllm.v1.core.sched.request_queue import create_request_queue
 
-        kept, self.waiting = self.waiting, create_request_queue(self.policy)
+        kept: Any = self.waiting
+        self.waiting = create_request_queue(self.policy)
         try:
             yield
         finally:
-            new, self.waiting = list(self.waiting), kept
+            new = list(self.waiting)
+            self.waiting = kept
             for request in reversed(new):
                 self.waiting.prepend_request(request)
 
