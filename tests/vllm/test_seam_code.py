@@ -182,7 +182,11 @@ async def call(role: str, method: str, path: str, body: bytes = b"") -> list[dic
     async def send(message: Any) -> None:
         sent.append(message)
 
-    await middleware({**scope, "method": method, "path": path}, receive, send)
+    try:
+        await middleware({**scope, "method": method, "path": path}, receive, send)
+    finally:
+        if middleware._context is not None:
+            middleware._context.destroy(linger=0)
     return sent
 
 
