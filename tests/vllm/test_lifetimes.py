@@ -276,7 +276,8 @@ def test_the_connector_takes_the_step_and_leaves_nothing(
 
 
 def test_a_preempted_request_is_computed_here_and_fetches_nothing_again(pair: Pair) -> None:
-    pair.decode.scheduler._plans = False  # ours admits so that there is next to no preemption
+    scheduler = pair.decode.scheduler
+    scheduler._plans = scheduler._presses_back = False  # ours admits so that there is next to no preemption
     tokens = [prompt(200, seed=seed) for seed in range(8)]
     ids = [pair.decode.add(each, pair.prefilled(each), max_tokens=150) for each in tokens]
     preempted: set[str] = set()
