@@ -55,6 +55,8 @@ class Facts:
 class PlannedMixin(SafetyMixin):
     """Over vLLM's scheduler: plans, measures, and keeps what requests were promised."""
 
+    waiting: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.settings: EngineSettings = self.connector.settings
@@ -163,7 +165,7 @@ class PlannedMixin(SafetyMixin):
         """vLLM sees nobody who waits. Whoever begins to wait meanwhile, since it gave way, goes first afterwards."""
         from vllm.v1.core.sched.request_queue import create_request_queue
 
-        kept: Any = self.waiting
+        kept = self.waiting
         self.waiting = create_request_queue(self.policy)
         try:
             yield
