@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 from collections import Counter
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,12 +28,17 @@ class Footprint:
         return f"{self.threads} threads, {self.descriptors.total()} descriptors, {self.memory_bytes / 2**20:.1f} MiB"
 
     def most(self, other: Footprint) -> Footprint:
-        """The greater of each."""
+        """The greater of each, kind by kind."""
         return Footprint(
             threads=max(self.threads, other.threads),
             memory_bytes=max(self.memory_bytes, other.memory_bytes),
-            descriptors=max(self.descriptors, other.descriptors, key=Counter.total),
+            descriptors=self.descriptors | other.descriptors,
         )
+
+    def lasting(self, ports: Collection[int]) -> int:
+        """Descriptors, but for connections at these ports."""
+        passing = {f"{psutil.CONN_ESTABLISHED} {way} {port}" for way in ("of", "to") for port in ports}
+        return sum(number for kind, number in self.descriptors.items() if kind not in passing)
 
     def since(self, before: Footprint) -> str:
         """What has become more and what less."""

@@ -22,9 +22,10 @@ REST_S = 60.0
 """For connections that are kept open for a while, and for what runs on after its client has left."""
 
 MEMORY_MARGIN = 0.02
-DESCRIPTORS_OPENED_ONCE = 2
-"""What is opened at the first occasion and kept, in a path so rare that warming up may miss it. A leak would be one for
-each of thousands of requests."""
+KEPT_CONNECTIONS = 4
+"""The proxy probes each of two engines every second, on the connection that was idle longest, and closes one that was
+idle for two: of a burst so many may stay open. Nothing else may be open that was not before."""
+
 PROXY_MARGIN_BYTES = 8 * 2**20
 """The proxy is so small that 2 % of it is what an allocator keeps."""
 
@@ -121,13 +122,15 @@ def allowed_bytes(name: str, before: Footprint) -> float:
 async def grown(deployment: Deployment, before: dict[str, Footprint]) -> dict[str, str]:
     """Which servers use more than before, once they have come to rest, and of what."""
     deadline_s = time.monotonic() + REST_S
+    ports = {server.port for server in (deployment.prefill, deployment.decode, deployment.proxy)}
     while True:
         after = {name: footprint(getattr(deployment, name)) for name in before}
         found = {
             name: after[name].since(before[name])
             for name in before
             if after[name].threads > before[name].threads
-            or after[name].descriptors.total() > before[name].descriptors.total() + DESCRIPTORS_OPENED_ONCE
+            or after[name].lasting(ports) > before[name].lasting(ports)
+            or after[name].descriptors.total() > before[name].descriptors.total() + KEPT_CONNECTIONS
             or after[name].memory_bytes > allowed_bytes(name, before[name])
         }
         if not found or time.monotonic() > deadline_s:
