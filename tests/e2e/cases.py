@@ -50,10 +50,17 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-def prompt_of(num_tokens: int, seed: int) -> list[int]:
+VOCABULARY = range(1000, 30000)
+"""Ids of ordinary tokens of SmolLM2 and of emulated models."""
+
+BYTES = range(5, 250)
+"""The same of the tiny Llama, whose tokens are bytes."""
+
+
+def prompt_of(num_tokens: int, seed: int, vocabulary: range = VOCABULARY) -> list[int]:
     """Token ids of plausible text; every seed begins differently, so that no prefix is cached by accident."""
     rng = random.Random(seed)
-    return [rng.randrange(1000, 30000) for _ in range(num_tokens)]
+    return [rng.choice(vocabulary) for _ in range(num_tokens)]
 
 
 def text_of(num_words: int, seed: int) -> str:

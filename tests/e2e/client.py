@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiohttp
@@ -43,6 +43,19 @@ class Answer:
     logprob_tokens: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What an undivided engine says to a request, and by how much it preferred each token to the next best one.
+
+    Attributes:
+        answer: its answer.
+        margins: for each token, the difference of the two highest log-probabilities.
+    """
+
+    answer: Answer
+    margins: tuple[float, ...]
+
+
 async def ask(http: aiohttp.ClientSession, url: str, case: Case) -> Answer:
     """Send a request and read its whole answer."""
     async with http.post(url + case.path, json=case.payload) as response:
@@ -53,6 +66,29 @@ async def ask(http: aiohttp.ClientSession, url: str, case: Case) -> Answer:
             return _whole(await response.json(), headers)
         events = [line async for line in response.content if line.startswith(b"data: ")]
     return _streamed(events, headers)
+
+
+async def refer(http: aiohttp.ClientSession, undivided: str, case: Case) -> Reference:
+    """Ask an undivided engine, without streaming, for its answer and how sure it is of it."""
+    wanted: dict[str, Any] = {"logprobs": True, "top_logprobs": 2} if "messages" in case.body else {"logprobs": 2}
+    # Texts would not do: tokens that are parts of characters look the same.
+    payload = {**case.payload, "stream": False, **wanted, "return_tokens_as_token_ids": True}
+    async with http.post(undivided + case.path, json=payload) as response:
+        headers = {name.lower(): value for name, value in response.headers.items()}
+        if response.status != 200:
+            raise AssertionError(f"{case.name}: {response.status} {await response.text()}")
+        reply = await response.json()
+    return Reference(
+        answer=replace(_whole(reply, headers), logprob_tokens=()), margins=_margins(reply["choices"][0]["logprobs"])
+    )
+
+
+def _margins(logprobs: dict[str, Any]) -> tuple[float, ...]:
+    if "content" in logprobs:
+        best = [[other["logprob"] for other in item["top_logprobs"]] for item in logprobs["content"]]
+    else:
+        best = [list(others.values()) for others in logprobs["top_logprobs"]]
+    return tuple(first - second for first, second, *_ in (sorted(item, reverse=True) for item in best))
 
 
 def _whole(reply: dict[str, Any], headers: dict[str, str]) -> Answer:
@@ -131,26 +167,26 @@ async def compare(split: str, undivided: str, cases: Sequence[Case], *, at_once:
 async def judge(
     http: aiohttp.ClientSession, undivided: str, case: Case, ours: Answer, theirs: Answer, verdict: Verdict
 ) -> None:
-    """Note whether our answer is the undivided engine's."""
-    same = (ours.token_ids, ours.text, ours.finish_reason) == (theirs.token_ids, theirs.text, theirs.finish_reason)
-    if same and ours.logprob_tokens == theirs.logprob_tokens:
+    """Note whether our answer is the undivided engine's, which is asked again if it is not."""
+    if same(ours, theirs):
+        verdict.equal += 1
+    else:
+        note(case, ours, replace(await refer(http, undivided, case), answer=theirs), verdict)
+
+
+def same(ours: Answer, theirs: Answer) -> bool:
+    """Whether a client sees the same answer."""
+    return replace(ours, headers={}) == replace(theirs, headers={})
+
+
+def note(case: Case, ours: Answer, reference: Reference, verdict: Verdict) -> None:
+    """Note an answer as equal, as different by a tie, or as different."""
+    theirs = reference.answer
+    if same(ours, theirs):
         verdict.equal += 1
         return
     position = next((i for i, (a, b) in enumerate(zip(ours.token_ids, theirs.token_ids, strict=False)) if a != b), None)
-    if position is not None and await _is_tie(http, undivided, case, position):
+    if position is not None and reference.margins[position] <= TIE:
         verdict.ties.append(f"{case.name}@{position}")
         return
     verdict.different.append(f"{case.name}@{position}: {ours} != {theirs}")
-
-
-async def _is_tie(http: aiohttp.ClientSession, undivided: str, case: Case, position: int) -> bool:
-    """Whether the undivided engine's own two best tokens at that position are equally likely."""
-    wanted: dict[str, Any] = {"logprobs": True, "top_logprobs": 2} if "messages" in case.body else {"logprobs": 2}
-    async with http.post(undivided + case.path, json={**case.payload, "stream": False, **wanted}) as response:
-        logprobs = (await response.json())["choices"][0]["logprobs"]
-    if "content" in logprobs:
-        best = [item["logprob"] for item in logprobs["content"][position]["top_logprobs"]]
-    else:
-        best = list(logprobs["top_logprobs"][position].values())
-    first, second = sorted(best, reverse=True)[:2]
-    return bool(first - second <= TIE)

@@ -23,7 +23,7 @@ from vllm_disagg.launcher.machine import free_ports
 from vllm_disagg.launcher.plan import FORK_HOST_COMMAND, FORKED_ENGINE_COMMAND
 from vllm_disagg.profiles import load_profile
 
-START_TIMEOUT_S = 240.0
+START_TIMEOUT_S = 600.0
 BLOCK_SIZE = 32
 MAX_MODEL_LEN = 2048
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import aiohttp
 
 from tests.e2e import cases
-from tests.e2e.client import Answer, Case, Verdict, ask, judge
+from tests.e2e.client import Answer, Case, Reference, Verdict, ask, note
 from tests.e2e.engines import Server
 from vllm_disagg.core.types import TransferId, new_transfer_id
 from vllm_disagg.proxy.bodies import decode_body, prefill_body
@@ -34,11 +34,11 @@ class Held:
         return replace(other, transfer_id=self.transfer_id, handoff=self.handoff)
 
 
-def case_of(index: int, length: int) -> Case:
+def case_of(index: int, length: int, vocabulary: range = cases.VOCABULARY) -> Case:
     """A prompt of its own, so that nothing of it is in any cache."""
     return Case(
         name=f"{index}: {length} tokens",
-        body={"prompt": cases.prompt_of(length, index), "max_tokens": MAX_TOKENS, "ignore_eos": True},
+        body={"prompt": cases.prompt_of(length, index, vocabulary), "max_tokens": MAX_TOKENS, "ignore_eos": True},
         route=None,
     )
 
@@ -90,14 +90,13 @@ async def fetch_all(
     http: aiohttp.ClientSession,
     decode: Server,
     helds: Sequence[Held],
-    expected: Sequence[Answer],
+    expected: Sequence[Reference],
     tally: Tally,
     *,
-    undivided: Server,
     within_s: float,
     spread_s: Sequence[float] = (),
 ) -> None:
-    """The second leg of many at once, each compared with what an undivided engine says.
+    """The second leg of many at once, each compared with what an undivided engine has said.
 
     Args:
         http: carries all requests.
@@ -105,12 +104,11 @@ async def fetch_all(
         helds: what to ask.
         expected: the right answers.
         tally: where to note the outcomes.
-        undivided: the engine that gave the right answers.
         within_s: a request without an answer by then is hung.
         spread_s: how long each waits before it starts.
     """
 
-    async def one(held: Held, right: Answer, wait_s: float) -> None:
+    async def one(held: Held, right: Reference, wait_s: float) -> None:
         await asyncio.sleep(wait_s)
         begun_s = time.monotonic()
         tally.asked += 1
@@ -120,7 +118,7 @@ async def fetch_all(
             tally.hung += 1
             return
         tally.slowest_s = max(tally.slowest_s, time.monotonic() - begun_s)
-        await judge(http, undivided.url, held.case, answer, right, tally.verdict)
+        note(held.case, answer, right, tally.verdict)
 
     waits = list(spread_s) or [0.0] * len(helds)
     await asyncio.gather(*(one(*item) for item in zip(helds, expected, waits, strict=True)))
