@@ -12,7 +12,7 @@ import click
 from vllm_disagg import __version__
 from vllm_disagg.config import ProxySettings, help_of
 from vllm_disagg.doctor.settings import DoctorSettings
-from vllm_disagg.errors import DisaggError, LaunchError
+from vllm_disagg.errors import DisaggError, InstanceError, LaunchError
 from vllm_disagg.launcher.settings import UpSettings
 from vllm_disagg.plan_settings import DiagnoseSettings, PlanSettings, SimulateSettings
 from vllm_disagg.profiler.settings import ProfileSettings
@@ -24,7 +24,7 @@ def main() -> None:
     """The console script: errors of ours become one line on stderr and an exit status, without a traceback."""
     try:
         cli()
-    except LaunchError as error:
+    except (LaunchError, InstanceError) as error:
         _fail(error, EXIT_LAUNCH)
     except DisaggError as error:
         _fail(error, EXIT_USAGE)

@@ -175,8 +175,8 @@ def test_steps_of_streams_are_told_with_their_contexts_and_the_prompts_beside_th
 
     assert len(steps) == 8  # of 9 moments in the window
     assert [step.step_s for step in steps] == pytest.approx(took[4:], abs=0.002)
-    assert steps[0].requests == ((43, 1), (703, 1))
-    assert steps[3].requests == ((46, 1), (706, 1), (0, 64), (0, 20))
+    assert sorted(steps[0].requests) == [(43, 1), (703, 1)]
+    assert sorted(steps[3].requests) == [(0, 20), (0, 64), (46, 1), (706, 1)]
 
 
 def test_tokens_that_come_together_tell_nothing() -> None:

@@ -188,9 +188,12 @@ def _groups(limits: Limits, pace: Pace, budget_s: float, rng: random.Random) -> 
     for context in _levels(_SHORTEST, max(_SHORTEST, int(highest)), 4.0):
         number = _num_streams(limits, context, affordable, pace, budget_s)
         yield _group((context,) * number, limits, pace, budget_s, rng)
-    number = _num_streams(limits, max(_SHORTEST, int(highest) // 3), affordable, pace, budget_s)
+    low, high = _SHORTEST, max(2 * _SHORTEST, int(highest))
+    number = _num_streams(limits, round((high - low) / math.log(high / low)), affordable, pace, budget_s)
     for _ in range(2):
-        contexts = tuple(_log_uniform(rng, _SHORTEST, max(2 * _SHORTEST, int(highest))) for _ in range(number))
+        contexts = [_log_uniform(rng, low, high) for _ in range(number)]
+        while len(contexts) > 1 and sum(contexts) > _KV_SHARE * limits.kv_tokens - len(contexts) * LONGEST_GROWTH // 3:
+            contexts.pop()
         yield _group(contexts, limits, pace, budget_s, rng)
 
 

@@ -15,10 +15,13 @@ from vllm_disagg.core.steps import RecordedStep
 from vllm_disagg.profiler.drive import Batch, Seen, Stream, Window
 
 _TOGETHER: Final = 0.25
-"""Tokens that came within this part of a step's time were made by the same one."""
+"""Tokens that are further apart than this part of a step's time were not made by the same one."""
 
 _TOGETHER_S: Final = 0.002
-"""And tokens that came within so many seconds, since the client itself is no quicker."""
+"""Tokens that came within so many seconds came together: the client itself is no quicker."""
+
+_EACH_S: Final = 0.001
+"""What an API server takes at most to send one of many tokens of a step."""
 
 
 def steps_seen(seen: Seen) -> list[RecordedStep]:
@@ -30,7 +33,8 @@ def steps_seen(seen: Seen) -> list[RecordedStep]:
 def _of_batch(batch: Batch) -> Iterable[RecordedStep]:
     firsts = sorted(stream.arrivals[0][0] for stream in batch.prompts)
     step_s = firsts[0] - batch.blocker_s
-    if step_s > 0 and firsts[-1] - firsts[0] <= max(_TOGETHER * step_s, _TOGETHER_S):
+    together_s = _TOGETHER_S + _EACH_S * len(firsts)
+    if step_s > 0 and firsts[-1] - firsts[0] <= min(_TOGETHER * step_s, together_s):
         yield RecordedStep(
             at_s=batch.blocker_s,
             step_s=step_s,
