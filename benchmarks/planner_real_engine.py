@@ -41,7 +41,7 @@ from vllm_disagg.core.profile import Profile
 from vllm_disagg.core.slo import SLO
 from vllm_disagg.demo.model import smollm2_path
 from vllm_disagg.planner.fit import REGIONS, Region, region_of
-from vllm_disagg.profiler.cells import Pace, Prompts, Rung, Streams
+from vllm_disagg.profiler.cells import Limits, Pace, Prompts, Rung, Streams
 from vllm_disagg.profiler.drive import EngineClient, connected, run_cell
 from vllm_disagg.profiler.engine import StepTail
 from vllm_disagg.profiler.steps import STEPS_ENV
@@ -84,6 +84,8 @@ PROBES = (
     ),
 )
 """What is measured beside each kind of neighbour."""
+
+LIMITS = Limits(step_tokens=BUDGET, max_seqs=MAX_SEQS, max_model_len=2048, kv_tokens=10_000)
 
 ONE, TWO, PAIR = "colocated x1", "colocated x2", "1P1D"
 SHARES = {ONE: (0.4, 0.6, 0.8), TWO: (0.4, 0.6, 0.8), PAIR: (0.4, 0.6, 0.8)}
@@ -188,7 +190,8 @@ async def measure_factors(urls: Sequence[str], log: Path, profile: Profile) -> t
             async with busy(neighbour, state):
                 for cell in PROBES:
                     tail = StepTail(log)
-                    await run_cell(measured, cell, pace=pace, fills_kv=False, rng=random.Random(f"{cell.name}{turn}"))
+                    rng = random.Random(f"{cell.name}{turn}")
+                    await run_cell(measured, cell, pace=pace, limits=LIMITS, rng=rng)
                     for step in tail.new()[1:]:
                         work = work_of(step.requests)
                         if work != StepWork():

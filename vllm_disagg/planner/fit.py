@@ -122,7 +122,7 @@ class Fit:
     @property
     def residuals(self) -> dict[str, float]:
         """For the profile: flat names to numbers."""
-        named: dict[str, FitError] = dict(self.errors)
+        named = {str(region): error for region, error in self.errors.items()}
         if self.mixed_lengths is not None:
             named["prefill_mixed_lengths"] = self.mixed_lengths
         return {

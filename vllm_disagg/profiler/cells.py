@@ -20,6 +20,9 @@ _SHORTEST: Final = 16
 _BATCHES: Final = (1, 2, 4, 8, 16)
 _RAGGED_BATCHES: Final = 14
 _MOST_STREAMS: Final = 256
+_MOST_WATCHED_STREAMS: Final = 64
+"""Where a client has to notice each token, which costs the API server more than the engine."""
+
 _RUNG_RATIO: Final = 1.6
 _PROMPTS_PER_RUNG: Final = 2
 _CELL_SHARE: Final = 0.06
@@ -90,6 +93,11 @@ class Rung:
 
     num_streams: int
     prompts: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def num_steps(self) -> int:
+        """About how many it takes."""
+        return SETTLING_STEPS + STEPS_PER_RUNG + 3 * len(self.prompts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,10 +207,11 @@ def _groups(limits: Limits, pace: Pace, budget_s: float, rng: random.Random) -> 
 
 def _num_streams(limits: Limits, context: int, affordable: float, pace: Pace, budget_s: float) -> int:
     room = int(_KV_SHARE * limits.kv_tokens) // (context + LONGEST_GROWTH // 3)
-    number = min(_MOST_STREAMS, limits.max_seqs, max(1, room))
+    number = min(_MOST_STREAMS if limits.sees_steps else _MOST_WATCHED_STREAMS, limits.max_seqs, max(1, room))
     if not limits.fills_kv:
         number = min(number, max(1, int(affordable / context)))
-    steps_s = (STEPS_PER_RUNG + SETTLING_STEPS) * pace.token_s  # of a stream more, on each rung
+    rung = Rung(num_streams=1, prompts=((),) * _PROMPTS_PER_RUNG)
+    steps_s = rung.num_steps * pace.token_s * _RUNG_RATIO / (_RUNG_RATIO - 1)  # of a stream more, over all rungs
     return max(1, min(number, int(_CELL_SHARE * budget_s / steps_s)))
 
 

@@ -177,9 +177,9 @@ def report(result: Result) -> list[str]:
             + ("          -" if own is None else f"{own:>11.1%}")
         )
     if (ragged := fit.mixed_lengths) is not None:
-        name = "prefill, mixed lengths"
+        label = "prefill, mixed lengths"
         lines.append(
-            f"{name:<24}{ragged.num_points:>7}{ragged.median:>9.1%}{ragged.p90:>8.1%}{ragged.worst:>8.1%}          -"
+            f"{label:<24}{ragged.num_points:>7}{ragged.median:>9.1%}{ragged.p90:>8.1%}{ragged.worst:>8.1%}          -"
         )
     lines.append("off by: held-out points against the fit, at the median; differ by: equal steps among themselves")
     lines.append(
@@ -201,7 +201,7 @@ def report(result: Result) -> list[str]:
 
 
 def _measurement(result: Result, command: str) -> dict[str, Any]:
-    named = {region: asdict(error) for region, error in result.fit.errors.items()}
+    named = {str(region): asdict(error) for region, error in result.fit.errors.items()}
     if result.fit.mixed_lengths is not None:
         named["prefill_mixed_lengths"] = asdict(result.fit.mixed_lengths)
     return {

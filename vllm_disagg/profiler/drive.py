@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -15,7 +17,16 @@ import msgspec
 
 from vllm_disagg.core.scheduling.pace import QUANTUM
 from vllm_disagg.errors import InstanceError
-from vllm_disagg.profiler.cells import LONGEST_GROWTH, SETTLING_STEPS, STEPS_PER_RUNG, Cell, Pace, Prompts, Streams
+from vllm_disagg.profiler.cells import (
+    LONGEST_GROWTH,
+    SETTLING_STEPS,
+    STEPS_PER_RUNG,
+    Cell,
+    Limits,
+    Pace,
+    Prompts,
+    Streams,
+)
 
 FILL_PARAMS: Final = {"vllm_disagg_fill": True}
 """`kv_transfer_params` of a request whose KV counts as computed (`profiler/fill.py`)."""
@@ -103,6 +114,7 @@ class EngineClient:
         fill: bool = False,
         streams: Sequence[Stream] = (),
         told: Callable[[], None] = lambda: None,
+        only_the_end: bool = False,
     ) -> list[Stream]:
         """Have the same number of tokens generated for each of some prompts, in one request.
 
@@ -112,6 +124,7 @@ class EngineClient:
             fill: let their KV count as computed.
             streams: filled as tokens come; new ones where none are given.
             told: called for each arrival.
+            only_the_end: let each answer come as a whole, which costs the API server much less.
 
         Raises:
             EngineTrouble: it did not do so.
@@ -119,7 +132,8 @@ class EngineClient:
         found = list(streams) or [Stream(len(prompt)) for prompt in prompts]
         body = {
             "model": self._model, "prompt": [list(prompt) for prompt in prompts], "max_tokens": num_tokens,
-            "min_tokens": num_tokens, "ignore_eos": True, "temperature": 0.0, "stream": True, "return_token_ids": True,
+            "min_tokens": num_tokens, "ignore_eos": True, "temperature": 0.0, "return_token_ids": True,
+            "stream": not only_the_end,
             **({"kv_transfer_params": FILL_PARAMS} if fill else {}),
         }  # fmt: skip
         try:
@@ -129,7 +143,7 @@ class EngineClient:
                         f"{self._url} answers {response.status} to a request of the profiler: "
                         f"{(await response.text())[:300]}"
                     )
-                await self._read(response, found, told)
+                await (self._read_whole if only_the_end else self._read)(response, found, told)
         except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError) as error:
             raise EngineTrouble(f"{self._url} broke off: {type(error).__name__} {error}") from error
         if short := [stream for stream in found if stream.num_tokens != num_tokens]:
@@ -148,6 +162,14 @@ class EngineClient:
                 if choice.token_ids:
                     streams[choice.index].arrivals.append((now_s, len(choice.token_ids)))
             told()
+
+    async def _read_whole(
+        self, response: aiohttp.ClientResponse, streams: list[Stream], told: Callable[[], None]
+    ) -> None:
+        answer = msgspec.json.decode(await response.read(), type=_Event)
+        for choice in answer.choices:
+            streams[choice.index].arrivals.append((time.monotonic(), len(choice.token_ids or ())))
+        told()
 
     async def fence(self) -> None:
         """Wait until the engine has noticed that earlier clients left: what is sent later is done later."""
@@ -178,14 +200,15 @@ async def measure_pace(client: EngineClient, *, longest: int, rng: random.Random
     )
 
 
-async def run_cell(client: EngineClient, cell: Cell, *, pace: Pace, fills_kv: bool, rng: random.Random) -> Seen:
+async def run_cell(client: EngineClient, cell: Cell, *, pace: Pace, limits: Limits, rng: random.Random) -> Seen:
     """Make the engine do a cell.
 
     Args:
         client: of the engine.
         cell: what to do.
         pace: about how fast it is.
-        fills_kv: the engine can take contexts of streams as computed.
+        limits: what it can hold. Where it writes its steps down nobody watches tokens come, which spares it all that
+            its API server does for them.
         rng: for token ids.
 
     Raises:
@@ -193,7 +216,10 @@ async def run_cell(client: EngineClient, cell: Cell, *, pace: Pace, fills_kv: bo
     """
     if isinstance(cell, Prompts):
         return Seen(batches=[await _batch(client, cell, pace, rng) for _ in range(cell.repeats)])
-    return Seen(windows=await _Group(client, cell, fills_kv, rng).run())
+    if limits.sees_steps:
+        await _Ladder(client, cell, limits, rng).run()
+        return Seen()
+    return Seen(windows=await _Group(client, cell, rng).run())
 
 
 async def _batch(client: EngineClient, cell: Prompts, pace: Pace, rng: random.Random) -> Batch:
@@ -209,11 +235,70 @@ async def _batch(client: EngineClient, cell: Prompts, pace: Pace, rng: random.Ra
     return Batch(first.arrivals[0][0], tuple(prompts))
 
 
-class _Group:
-    """A cell of streams while it is measured."""
+class _Ladder:
+    """A cell of streams that nobody watches: each is as long as its rungs, and the first one tells where they are."""
 
-    def __init__(self, client: EngineClient, cell: Streams, fills_kv: bool, rng: random.Random) -> None:
-        self._client, self._cell, self._fills_kv, self._rng = client, cell, fills_kv, rng
+    def __init__(self, client: EngineClient, cell: Streams, limits: Limits, rng: random.Random) -> None:
+        self._client, self._cell, self._fills_kv, self._rng = client, cell, limits.fills_kv, rng
+        self._ends = list(itertools.accumulate(rung.num_steps for rung in cell.rungs))
+        # The leader starts last. What the others generate while contexts are computed comes on top.
+        self._early = 0 if limits.fills_kv else math.ceil(sum(cell.contexts) / limits.step_tokens)
+        self._leader, self._news = Stream(cell.contexts[0]), asyncio.Event()
+
+    async def run(self) -> None:
+        """All rungs, to the end of the last stream."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for index, end in reversed(list(enumerate(self._lengths()))):
+                    if index > 0:
+                        tasks.create_task(self._follow(index, min(LONGEST_GROWTH, end + self._early)))
+                leader = tasks.create_task(self._lead())
+                await self._beside(leader)
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+
+    def _lengths(self) -> list[int]:
+        """Tokens of each stream."""
+        numbers = [rung.num_streams for rung in self._cell.rungs]
+        return [
+            next(end for number, end in zip(reversed(numbers), reversed(self._ends), strict=True) if index < number)
+            for index in range(numbers[0])
+        ]
+
+    async def _lead(self) -> None:
+        await self._client.generate(
+            [self._prompt(0)], self._ends[-1], fill=self._fills_kv, streams=[self._leader], told=self._news.set
+        )
+
+    async def _follow(self, index: int, num_tokens: int) -> None:
+        await self._client.generate([self._prompt(index)], num_tokens, fill=self._fills_kv, only_the_end=True)
+
+    async def _beside(self, leader: asyncio.Task[None]) -> None:
+        """The prompts of each rung, when it has been measured without them."""
+        begins = [0, *self._ends[:-1]]
+        for rung, begin in zip(self._cell.rungs, begins, strict=True):
+            for lengths in rung.prompts:
+                await self._until(begin + SETTLING_STEPS + STEPS_PER_RUNG, leader)
+                await self._client.generate([_prompt(self._rng, length) for length in lengths], 1, only_the_end=True)
+
+    async def _until(self, number: int, leader: asyncio.Task[None]) -> None:
+        """Wait for so many tokens of the first stream."""
+        while self._leader.num_tokens < number and not leader.done():
+            self._news.clear()
+            try:
+                await asyncio.wait_for(self._news.wait(), _PATIENCE_S)
+            except TimeoutError:
+                raise EngineTrouble(f"the engine has generated nothing for {_PATIENCE_S:.0f} s") from None
+
+    def _prompt(self, index: int) -> list[int]:
+        return _prompt(self._rng, self._cell.contexts[index])
+
+
+class _Group:
+    """A cell of streams whose every token is watched."""
+
+    def __init__(self, client: EngineClient, cell: Streams, rng: random.Random) -> None:
+        self._client, self._cell, self._rng = client, cell, rng
         self._streams = [Stream(context) for context in cell.contexts]
         self._tasks: list[asyncio.Task[Any]] = []
         self._news = asyncio.Event()
@@ -225,7 +310,7 @@ class _Group:
                 asyncio.create_task(
                     self._client.generate(
                         [_prompt(self._rng, stream.num_prompt_tokens)], LONGEST_GROWTH,
-                        fill=self._fills_kv, streams=[stream], told=self._news.set,
+                        streams=[stream], told=self._news.set,
                     )
                 )
                 for stream in self._streams

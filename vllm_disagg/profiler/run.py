@@ -125,7 +125,7 @@ async def _measure(
         journal.know({**asdict(pace), "kv_tokens": target.facts.kv_capacity_tokens, "budget_s": budget_s})
     assert journal.known is not None
     known = journal.known
-    pace, limits = Pace(token_s=known["token_s"], step_s=known["step_s"]), limits_of(target, known["kv_tokens"])
+    pace, limits = Pace(token_s=known["token_s"], step_s=known["step_s"]), limits_of(target, int(known["kv_tokens"]))
     cells = make_cells(limits, pace, budget_s=known["budget_s"])
     before_s = journal.spent_s
     clock = _Clock(budget_s - before_s - (time.monotonic() - begun_s), pace, limits.fills_kv, journal.entries)
@@ -163,7 +163,7 @@ async def _one(target: Target, client: EngineClient, cell: Cell, turn: int, pace
     if target.tail is not None:
         target.tail.new()
     rng = random.Random(f"{cell.name} {turn}")  # noqa: S311 - token ids, not secrets
-    seen = await run_cell(client, cell, pace=pace, fills_kv=limits.fills_kv, rng=rng)
+    seen = await run_cell(client, cell, pace=pace, limits=limits, rng=rng)
     steps = steps_seen(seen) if target.tail is None else target.tail.new()[1:]  # the first one woke the engine up
     return Entry(cell=cell.name, turn=turn, seconds=time.monotonic() - begun_s, steps=tuple(steps))
 
