@@ -84,6 +84,7 @@ def test_an_interrupted_measurement_goes_on_and_finds_the_truth(tmp_path: Path) 
     check(out, median=0.02, p90=0.05)
 
 
+@pytest.mark.full
 def test_a_running_engine_is_measured_from_the_outside(tmp_path: Path) -> None:
     create_key_file(tmp_path / "key")
     with ExitStack() as stack:
