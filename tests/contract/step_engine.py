@@ -4,6 +4,7 @@ the profiler uses, each step as long as a latency model says. It runs in a threa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 import time
@@ -97,8 +98,11 @@ class StepEngine:
         self._stepping = asyncio.create_task(self._run())
 
     async def _stop(self) -> None:
-        self._stepping.cancel()
         await self._runner.cleanup()
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
     async def _run(self) -> None:
         """Step after step, for as long as there is something to do."""
@@ -113,9 +117,10 @@ class StepEngine:
                     room -= new
             requests = tuple((answer.computed, new) for answer, new in parts)
             self.most_running = max(self.most_running, len(requests))
-            begun_s = time.monotonic()
-            await asyncio.sleep(self._latency.step_s(work_of(requests)))
-            step = RecordedStep(at_s=begun_s, step_s=time.monotonic() - begun_s, requests=requests)
+            begun_s, step_s = time.monotonic(), self._latency.step_s(work_of(requests))
+            await asyncio.sleep(step_s)
+            # What the model says, not what the sleep took: the log is of a device that is never late.
+            step = RecordedStep(at_s=begun_s, step_s=step_s, requests=requests)
             if self._log is not None:
                 with self._log.open("a") as file:
                     file.write(step.line())
@@ -150,7 +155,9 @@ class StepEngine:
         self._work.set()
         try:
             if body["stream"]:
-                return await self._stream(request, answers)
+                with contextlib.suppress(ConnectionResetError):  # the client has left
+                    return await self._stream(request, answers)
+                return web.Response()
             choices = [
                 {"index": index, "token_ids": [1 async for _ in _tokens(one)]} for index, one in enumerate(answers)
             ]

@@ -56,22 +56,27 @@ def test_what_a_log_says_gives_the_truth_back(tmp_path: Path) -> None:
 
     found = errors(out)
     print(lines, found)
-    assert max(found.values()) < 0.08  # a sleeping thread wakes up to a millisecond late, of six at least
+    assert max(found.values()) < 0.02
     told = json.loads(out.read_text())["entries"][0]
     assert told["kv_capacity_tokens"] == {"1": 8000}
     assert told["measurement"]["method"] == "steps" and told["measurement"]["between_steps_s"] >= 0
     assert not (tmp_path / "profile.json.partial").exists()
 
 
-def test_what_a_client_sees_comes_near_it(tmp_path: Path) -> None:
+def test_without_a_log_steps_are_told_from_when_tokens_come(tmp_path: Path) -> None:
+    """That they are timed well is another matter, and not for a machine that runs tests: see `tests/e2e`."""
     out = tmp_path / "profile.json"
     with StepEngine(TRUTH) as engine:
         lines, _ = measure(engine, out)
 
-    found = errors(out)
-    print(lines, found)
-    assert max(found.values()) < 0.2
-    assert json.loads(out.read_text())["entries"][0]["measurement"]["method"] == "streams"
+    print(lines, errors(out))
+    told = json.loads(out.read_text())["entries"][0]["measurement"]
+    assert told["method"] == "streams" and told["between_steps_s"] is None
+    columns = told["points_columns"]
+    works = [dict(zip(columns, point, strict=True)) for point in told["points"]]
+    assert max(work["num_decodes"] for work in works) >= 16 and max(work["num_prefills"] for work in works) >= 4
+    assert max(work["prefill_tokens"] + work["num_decodes"] for work in works) <= 512
+    assert any(work["num_decodes"] and work["num_prefills"] for work in works)
 
 
 def test_what_was_measured_before_the_engine_broke_is_not_lost(tmp_path: Path) -> None:
