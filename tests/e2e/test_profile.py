@@ -21,6 +21,10 @@ from vllm_disagg.planner.fit import judge_profile
 from vllm_disagg.profiles import load_profile
 
 TRUTH = "opt-13b-a100-80g"
+DILATION = 4
+"""So that a host that does other work, too, is late by little of a step."""
+
+DEVICE = ("--emulate", TRUTH, "--dilation", str(DILATION), "--max-num-seqs", "48")
 LONGEST_S = 400.0
 
 
@@ -37,27 +41,27 @@ def works(rng: random.Random, kind: str, *, most_streams: int) -> list[list[tupl
     return found
 
 
-def errors(model: LatencyModel, kind: str, *, most_streams: int = 40) -> tuple[float, float]:
+def errors(model: LatencyModel, kind: str, *, most_streams: int = 32) -> tuple[float, float]:
     """Median and ninth decile of the difference from the truth, over steps that nobody has measured."""
     truth = load_profile(TRUTH).entry(1).latency
     off = sorted(
-        abs(model.step_s(work_of(work)) / truth.step_s(work_of(work)) - 1)
+        abs(model.step_s(work_of(work)) / (DILATION * truth.step_s(work_of(work))) - 1)
         for work in works(random.Random(5), kind, most_streams=most_streams)
     )
     return off[len(off) // 2], off[len(off) * 9 // 10]
 
 
-def check(out: Path, *, median: float, p90: float, most_streams: int = 40) -> None:
+def check(out: Path, *, median: float, p90: float) -> None:
     profile = load_profile(str(out))
     for kind in ("prefill", "decode", "mixed"):
-        found = errors(profile.entry(1).latency, kind, most_streams=most_streams)
+        found = errors(profile.entry(1).latency, kind)
         print(kind, found, profile.entry(1).residuals.get(f"{kind}_median_relative_error"))
         assert found[0] <= median and found[1] <= p90, kind
 
 
 def test_an_interrupted_measurement_goes_on_and_finds_the_truth(tmp_path: Path) -> None:
     out, journal = tmp_path / "profile.json", tmp_path / "profile.json.partial"
-    arguments = command("--emulate", TRUTH, "--budget-min", "1", "--out", str(out))
+    arguments = command(*DEVICE, "--budget-min", "1.2", "--out", str(out))
     first = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline_s = time.monotonic() + LONGEST_S
     while not (journal.exists() and journal.read_text().count("\n") > 12):
@@ -81,7 +85,7 @@ def test_an_interrupted_measurement_goes_on_and_finds_the_truth(tmp_path: Path) 
     assert profile.model.kv_bytes_per_token == load_profile(TRUTH).model.kv_bytes_per_token
     assert 0.98 < profile.kv_capacity_tokens(1, 1) / load_profile(TRUTH).kv_capacity_tokens(1, 1) <= 1.0
     assert profile.entry(1).measurement["method"] == "steps"
-    check(out, median=0.02, p90=0.05)
+    check(out, median=0.03, p90=0.08)
 
 
 @pytest.mark.full
@@ -91,7 +95,7 @@ def test_a_running_engine_is_measured_from_the_outside(tmp_path: Path) -> None:
         host = fork_host(tmp_path)
         engine = emulated_engine(
             "engine", host=host, folder=tmp_path, key_file=tmp_path / "key", role=None, profile=TRUTH,
-            block_size=16, flags=("--emulate-host", "shown", "--max-num-seqs", "48"),
+            block_size=16, flags=("--emulate-host", "shown", *DEVICE[2:]),
         )  # fmt: skip
         for process in (host, engine):
             stack.callback(process.stop)
@@ -103,13 +107,13 @@ def test_a_running_engine_is_measured_from_the_outside(tmp_path: Path) -> None:
         unknown = _done(command(*outside, "--budget-min", "1"))
         assert unknown.returncode == 2
         assert unknown.stderr.strip() == "error: --url needs --device-memory-gib: an engine's API does not tell"
-        done = _done(command(*outside, "--budget-min", "1.2", "--device-memory-gib", "80"))
+        done = _done(command(*outside, "--budget-min", "1.5", "--device-memory-gib", "80"))
 
     assert done.returncode == 0, done.stderr
     told = json.loads(out.read_text())["entries"][0]["measurement"]
     assert told["method"] == "streams" and told["between_steps_s"] is None
-    # What is seen from outside contains the way through the API server, a few milliseconds of at least twenty.
-    check(out, median=0.12, p90=0.25)
+    # What is seen from outside contains the host's time between steps, a few milliseconds of at least eighty.
+    check(out, median=0.06, p90=0.15)
 
 
 @pytest.mark.parametrize(

@@ -211,4 +211,4 @@ def _shown(console: Console) -> Iterator[Show]:
 
 
 def _command() -> str:
-    return shlex.join([Path(sys.argv[0]).name or "vllm-disagg", *sys.argv[1:]])
+    return shlex.join(["vllm-disagg", *sys.argv[1:]])
