@@ -37,7 +37,7 @@ import numpy as np
 
 from benchmarks.load import LoadShape, Request, Times, drive, poisson
 from benchmarks.machine import OtherLoad, Stolen, fact_list, facts, table
-from benchmarks.step_fit import fit, jitter, residuals
+from benchmarks.step_residuals import fit, jitter, residuals
 from tests.e2e.engines import Server
 from vllm_disagg.core.latency import LatencyModel, work_of
 from vllm_disagg.core.profile import ModelShape, ParallelEntry, Profile, profile_document

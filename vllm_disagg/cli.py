@@ -12,18 +12,19 @@ import click
 from vllm_disagg import __version__
 from vllm_disagg.config import ProxySettings, help_of
 from vllm_disagg.doctor.settings import DoctorSettings
-from vllm_disagg.errors import DisaggError, LaunchError
+from vllm_disagg.errors import DisaggError, InstanceError, LaunchError
 from vllm_disagg.launcher.settings import UpSettings
 from vllm_disagg.plan_settings import DiagnoseSettings, PlanSettings, SimulateSettings
+from vllm_disagg.profiler.settings import ProfileSettings
 
-EXIT_LAUNCH, EXIT_USAGE = 1, 2
+EXIT_LAUNCH, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main() -> None:
     """The console script: errors of ours become one line on stderr and an exit status, without a traceback."""
     try:
         cli()
-    except LaunchError as error:
+    except (LaunchError, InstanceError) as error:
         _fail(error, EXIT_LAUNCH)
     except DisaggError as error:
         _fail(error, EXIT_USAGE)
@@ -60,10 +61,11 @@ def _kind(hint: Any) -> dict[str, Any]:
         return {"is_flag": True}
     if hint == tuple[str, ...]:
         return {"multiple": True}
-    kind = {int: int, float: float, float | None: float}.get(hint, str)
+    kind = {int: int, float: float, float | None: float, int | None: int}.get(hint, str)
     return {"type": kind, "show_default": True}
 
 
+PROFILE_OPTIONS = tuple(item.name for item in dataclasses.fields(ProfileSettings) if item.name != "engine")
 UP_OPTIONS = tuple(item.name for item in dataclasses.fields(UpSettings) if item.name != "model")
 
 
@@ -105,6 +107,23 @@ def proxy(**options: Any) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     run(ProxySettings(**options))
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("engine", nargs=-1, type=click.UNPROCESSED, metavar="[MODEL [VLLM SERVE FLAGS]...]")
+@settings_options(ProfileSettings, *PROFILE_OPTIONS)
+def profile(**options: Any) -> None:
+    """Measure how long an engine's steps take, and write the profile that `plan`, `simulate` and `--emulate` read.
+
+    Starts an engine of MODEL with these flags of `vllm serve`, or measures a running one (--url). Interrupted, the same
+    command goes on where it was.
+    """
+    from vllm_disagg.profiler.run import run_profile
+
+    try:
+        click.echo("\n".join(run_profile(ProfileSettings(**options))))
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
 
 
 @cli.command()

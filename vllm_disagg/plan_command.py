@@ -16,6 +16,7 @@ import numpy as np
 from vllm_disagg.core.link import LINKS, Link
 from vllm_disagg.core.slo import SLO
 from vllm_disagg.errors import ConfigError
+from vllm_disagg.plan_plots import draw_rates, draw_sensitivity, require_matplotlib
 from vllm_disagg.plan_settings import PlanSettings, SimulateSettings
 from vllm_disagg.planner.candidates import Resources
 from vllm_disagg.planner.cluster import Cluster, EngineOptions, Pool, critical_length
@@ -23,6 +24,7 @@ from vllm_disagg.planner.fit import judge_profile
 from vllm_disagg.planner.goodput import SearchSettings, find_goodput
 from vllm_disagg.planner.placement import Mapper, Question
 from vllm_disagg.planner.plan import Plan, explain, make_plan, plan_document
+from vllm_disagg.planner.sensitivity import Sensitivity, crossings, sensitivity
 from vllm_disagg.profiles import load_profile
 from vllm_disagg.sim.arrivals import Arrivals
 from vllm_disagg.sim.lengths import SURROGATES, FixedLengths, Lengths, lengths_of, make_workload
@@ -41,11 +43,18 @@ def run_plan(settings: PlanSettings) -> list[str]:
     """Make a plan and return the lines to print."""
     question = question_of(settings)
     doubts = doubts_of(question, accept=settings.accept_fit)
+    if settings.plot:
+        require_matplotlib()
+    around: list[str] = []
     with _mapper(settings.processes) as mapper:
         plan = make_plan(question, mapper)
+        if settings.plot:
+            found = sensitivity(question, plan.ranking, mapper)
+            draw_sensitivity(settings.plot, found, question.slo, question.search.goal)
+            around = [_around(found)]
     if settings.out:
         _write(settings.out, plan_document(plan))
-    lines = [*plan_table(plan), "", plan.verdict, *(f"warning: {doubt}" for doubt in doubts)]
+    lines = [*plan_table(plan), "", plan.verdict, *around, *(f"warning: {doubt}" for doubt in doubts)]
     if settings.explain:
         lines += ["", *explain(question, settings.rate)]
     return lines
@@ -127,6 +136,17 @@ def plan_table(plan: Plan) -> list[str]:
     return _table(head, rows)
 
 
+def _around(found: Sensitivity) -> str:
+    """What other targets would change, in one line."""
+    low, high = found.scales[0], found.scales[-1]
+    if len(found.lines) < 2:
+        return f"no other kind of placement meets the targets, scaled by {low:g} to {high:g} or not"
+    if points := crossings(found):
+        where = " and ".join(f"{point:.2g}" for point in points)
+        return f"with both targets times {where} the better kind changes"
+    return f"the better kind stays the same with both targets times {low:g} to {high:g}"
+
+
 def run_simulate(settings: SimulateSettings) -> list[str]:
     """Simulate at each rate and return the lines to print."""
     system, slo = system_of(settings), SLO(ttft_s=settings.slo_ttft_s, tpot_s=settings.slo_tpot_s)
@@ -165,7 +185,7 @@ def run_simulate(settings: SimulateSettings) -> list[str]:
         document = {"workload": workload.source, "goodput": goodput, "runs": found}
         _write(settings.out, {"format": "vllm-disagg-simulation", "version": 1, **document})
     if settings.plot:
-        _draw(settings.plot, found, slo, goodput)
+        draw_rates(settings.plot, found, slo, goodput)
     head = ("rate/s", "attainment", "TTFT p50", "p90", "TPOT p50", "p90", *PHASES, "preemptions")
     return [
         f"{workload.source}; times in ms, phases as means",
@@ -316,43 +336,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.0f}" if np.isfinite(seconds) else "never"
-
-
-def _draw(path: str, runs: Sequence[dict[str, Any]], slo: SLO, goodput: float | None) -> None:
-    """Attainment over the rate, and below it each latency as a share of its target."""
-    try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from error
-    runs = sorted(runs, key=lambda run: float(run["rate"]))
-    rates = [run["rate"] for run in runs]
-    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(6.4, 5.2))
-    try:
-        above.plot(rates, [100 * run["attainment"] for run in runs], "o-")
-        above.axhline(90, color="0.7", linewidth=0.8)
-        if goodput:
-            above.axvline(goodput, color="0.7", linewidth=0.8, linestyle="--", label=f"goodput {goodput:.2f}/s")
-            above.legend(fontsize=8)
-        above.set_ylabel("SLO attainment, %")
-        above.set_ylim(0, 102)
-        for name, target in (("ttft", slo.ttft_s), ("tpot", slo.tpot_s)):
-            for share in ("p50", "p90"):
-                values = [np.nan if run[f"{name}_{share}_s"] is None else run[f"{name}_{share}_s"] for run in runs]
-                below.plot(rates, np.array(values) / target, "o-", ms=3, label=f"{name.upper()} {share}")
-        below.axhline(1.0, color="0.7", linewidth=0.8)
-        below.set_yscale("log")
-        below.set_ylabel("of its target")
-        below.set_xlabel("requests/s")
-        below.legend(fontsize=8)
-        figure.tight_layout()
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--plot {path}: {error}") from error
-    finally:
-        plt.close(figure)
 
 
 def _write(path: str, document: dict[str, Any], *, indent: int | None = 1) -> None:

@@ -46,6 +46,11 @@ class PlanSettings:
     )
     explain: bool = setting(False, "Also print DistServe's equations 1 to 3 with this model's numbers.")
     out: str | None = setting(None, "Write the plan as JSON to this file.")
+    plot: str | None = setting(
+        None,
+        "Draw into this file what other targets and rates would change: goodput over both targets' scale, attainment "
+        "over the rate. SVG, PNG or PDF; needs matplotlib.",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

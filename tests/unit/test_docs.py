@@ -27,6 +27,7 @@ from vllm_disagg.emulation.settings import EmulationSettings
 from vllm_disagg.frontend import RELEASE_TIMEOUT_S
 from vllm_disagg.launcher.settings import UpSettings
 from vllm_disagg.plan_settings import DiagnoseSettings, PlanSettings, SimulateSettings
+from vllm_disagg.profiler.settings import ProfileSettings
 from vllm_disagg.proxy.metrics import METRICS, ProxyMetrics
 from vllm_disagg.proxy.upstream import Cause
 from vllm_disagg.proxy.watch import MAX_STRIKES
@@ -144,6 +145,7 @@ def test_flags_that_a_role_refuses(flag: str) -> None:
         ("doctor", DoctorSettings, "## `vllm-disagg doctor`"),
         ("plan", PlanSettings, "## `vllm-disagg plan`"),
         ("simulate", SimulateSettings, "## `vllm-disagg simulate`"),
+        ("profile", ProfileSettings, "## `vllm-disagg profile`"),
         ("diagnose", DiagnoseSettings, "## `vllm-disagg diagnose`"),
     ],
 )

@@ -29,7 +29,18 @@ ALLOWED: dict[str, set[str]] = {
     "launcher": {"errors", "config", "folders", "core", "profiles"},
     "emulation": {"errors", "config", "folders", "core", "profiles", "transport", "connector"},
     "doctor": {"errors", "config", "core", "launcher"},
-    "profiler": {"errors", "core", "profiles", "emulation"},
+    "profiler": {
+        "errors",
+        "config",
+        "folders",
+        "core",
+        "profiles",
+        "planner",
+        "launcher",
+        "doctor",
+        "emulation",
+        "__version__",
+    },
 }
 """Part -> the parts it may import (itself always)."""
 

@@ -34,6 +34,17 @@ def test_plan_prints_a_ranking_and_one_sentence_and_writes_the_plan(tmp_path: Pa
     assert document["placement"]["num_devices"] <= 2
 
 
+def test_plan_draws_what_other_targets_and_rates_would_change(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "around.svg"
+    lines = output("plan", *QUICK, "--slo-ttft-s", "0.01", "--slo-tpot-s", "0.01", "--plot", str(file))
+
+    assert "both targets times" in lines
+    assert file.read_text().count("<path") > 20
+    with pytest.raises(ConfigError, match=r"--plot .*around\.word"):
+        output("plan", *QUICK, "--slo-ttft-s", "0.01", "--slo-tpot-s", "0.01", "--plot", str(tmp_path / "around.word"))
+
+
 def test_simulate_prints_a_line_per_rate_and_where_the_time_goes(tmp_path: Path) -> None:
     file = tmp_path / "runs.json"
     options = ("--profile", "tiny", "--workload", "fixed:64/8", "--requests", "200", "--rates", "10,20")

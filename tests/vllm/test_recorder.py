@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from vllm.sampling_params import SamplingParams
 
 from tests.vllm.emulated import Engine, emulated
 from vllm_disagg.errors import ConfigError
+from vllm_disagg.profiler.facts import read_facts
 from vllm_disagg.profiler.steps import STEPS_ENV, RecordedStep, read_steps
+from vllm_disagg.profiles import load_profile
 
 pytestmark = pytest.mark.vllm
 
@@ -48,6 +51,19 @@ def test_a_step_lasts_as_long_as_the_device_works(tmp_path: Path, monkeypatch: p
     )
 
     assert all(step.step_s >= 0.005 for step in steps)  # the profile's least is a millisecond
+
+
+def test_an_emulated_engine_says_it_is_what_its_profile_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STEPS_ENV, str(tmp_path / "steps"))
+    engine = emulated(*RECORDER, "--max-model-len", "1024", "--max-num-seqs", "8")
+    engine.stop()
+
+    facts, tiny = read_facts(tmp_path / "steps"), load_profile("tiny")
+    assert facts is not None and facts.emulated.startswith("emulated tiny")
+    assert facts.model == dataclasses.replace(tiny.model, max_model_len=1024)
+    assert (facts.device, facts.device_memory_bytes) == (tiny.device, tiny.device_memory_bytes)
+    assert 0.98 * tiny.kv_capacity_tokens(1, 1) < facts.kv_capacity_tokens <= tiny.kv_capacity_tokens(1, 1)
+    assert facts.max_seqs == 8 and not facts.fills_kv
 
 
 def test_it_wants_to_know_where_to_write(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,24 @@ def host_facts(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) 
     return {name: value for name, value in facts.items() if value}
 
 
+def cpu_name(root: Path = Path("/")) -> str:
+    """The processor's own name, or `CPU` where the kernel does not tell."""
+    for line in _text(root / "proc/cpuinfo").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "CPU"
+
+
+def num_bound_cores(binding: str) -> int | None:
+    """How many cores vLLM's `VLLM_CPU_OMP_THREADS_BIND`, such as `0-3,8|4-7`, gives each worker; None where it leaves
+    that to vLLM."""
+    try:
+        spans = [[int(end) for end in part.split("-")] for part in binding.split("|")[0].split(",")]
+    except ValueError:
+        return None
+    return sum(span[-1] - span[0] + 1 for span in spans)
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="ascii", errors="replace").strip()

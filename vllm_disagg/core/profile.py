@@ -55,12 +55,15 @@ class ParallelEntry:
         latency: step times at pipeline degree 1.
         kv_capacity_tokens: pipeline degree to the tokens whose KV fits, over all ranks.
         residuals: what the fit left over, for people; free names to numbers.
+        measurement: how it was measured, where that is known: `docs/profile.md` describes what `vllm-disagg profile`
+            writes.
     """
 
     tp: int
     latency: LatencyModel
     kv_capacity_tokens: Mapping[int, int]
     residuals: Mapping[str, float] = field(default_factory=dict)
+    measurement: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +175,7 @@ def profile_document(profile: Profile) -> dict[str, Any]:
                     if (regimes := getattr(entry.latency, name))
                 },
                 "residuals": dict(entry.residuals),
+                **({"measurement": dict(entry.measurement)} if entry.measurement else {}),
             }
             for _, entry in sorted(profile.entries.items())
         ],
@@ -248,6 +252,7 @@ def _entry(item: _Fields) -> ParallelEntry:
         residuals={name: item.within("residuals").number(name) for name in item.within("residuals").names()}
         if item.has("residuals")
         else {},
+        measurement=item.within("measurement").plain() if item.has("measurement") else {},
     )
 
 
@@ -289,6 +294,9 @@ class _Fields:
 
     def names(self) -> list[str]:
         return list(self._value)
+
+    def plain(self) -> dict[str, Any]:
+        return dict(self._value)
 
     def has(self, name: str) -> bool:
         return name in self._value

@@ -36,8 +36,21 @@ def read_steps(path: Path) -> list[RecordedStep]:
     Raises:
         ConfigError: a line is malformed; one that is still being written at the end is left out.
     """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.endswith("\n")]
+    return parse_steps(path.read_text(encoding="utf-8"), origin=str(path))
+
+
+def parse_steps(text: str, *, origin: str) -> list[RecordedStep]:
+    """All steps of a log, or of a part of it that begins with a line.
+
+    Args:
+        text: the lines; one without its end is left out.
+        origin: the file, for error texts.
+
+    Raises:
+        ConfigError: a line is malformed.
+    """
+    lines = text.splitlines(keepends=True)
+    return [_parsed(line, f"{origin}:{number}") for number, line in enumerate(lines, 1) if line.endswith("\n")]
 
 
 def cycles_s(steps: Sequence[RecordedStep]) -> list[tuple[RecordedStep, float]]:

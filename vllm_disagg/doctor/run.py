@@ -33,7 +33,7 @@ def run_doctor(settings: DoctorSettings, say: Callable[[str], None]) -> int:
     if not prefill:
         running = find_running(settings.up)
         prefill, decode, key_file = running.prefill, running.decode, key_file or running.key_file
-    examination = examine(prefill, decode, _key(key_file))
+    examination = examine(prefill, decode, deployment_key(key_file))
     if settings.json:
         say(as_json(examination).decode())
     else:
@@ -79,7 +79,7 @@ def _finding(unwell: Unwell) -> Finding:
     return Finding("problem", unwell.what, unwell.fix)
 
 
-def _key(key_file: str | None) -> bytes:
+def deployment_key(key_file: str | None) -> bytes:
     """As engines find it, except that none is made here."""
     if key_file is None and not os.environ.get(KEY_ENV) and not default_key_path().exists():
         raise ConfigError(f"there is no deployment key: name the engines' own with --key-file, or set ${KEY_ENV}")

@@ -7,8 +7,11 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+
+import aiohttp
 
 from vllm_disagg.errors import LaunchError
 from vllm_disagg.launcher.logs import last_words
@@ -17,6 +20,8 @@ _WARDEN = Path(__file__).with_name("warden.py")
 _WARDEN_START_S = 30.0
 _WARDEN_SLACK_S = 10.0
 _TAIL_BYTES = 1024 * 1024
+_PROBE_EVERY_S = 0.5
+_TAIL_LINES, _LINE_CHARS = 15, 300
 
 
 class Child:
@@ -135,3 +140,41 @@ class Child:
         if self._pid is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._pid, signal.SIGKILL)
+
+
+async def until_ready(child: Child, ready: Callable[[], Awaitable[bool]], *, timeout_s: float) -> None:
+    """Ask again and again until the process is ready, it dies, or its time is over.
+
+    Args:
+        child: a started process.
+        ready: asks it; may raise what HTTP clients raise.
+        timeout_s: how long to wait.
+
+    Raises:
+        LaunchError: it died or did not get ready; the text ends with the last lines of its log.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    death = asyncio.ensure_future(child.wait())
+    try:
+        while not death.done():
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
+                if await ready():
+                    return
+            if time.monotonic() >= deadline_s:
+                raise LaunchError(with_log(f"{child.name} was not ready after {timeout_s:.0f} s", child))
+            await asyncio.wait({death}, timeout=_PROBE_EVERY_S)
+        raise LaunchError(with_log(f"{child.name} {how_it_ended(death.result())} while starting", child))
+    finally:
+        death.cancel()
+
+
+def how_it_ended(status: int) -> str:
+    """An exit status in words."""
+    return f"was killed by signal {status - 128}" if status > 128 else f"ended with exit status {status}"
+
+
+def with_log(text: str, child: Child) -> str:
+    """A text, and the last lines of a process's log."""
+    lines = child.last_words(_TAIL_LINES) or ["(empty)"]
+    indented = "\n".join(f"    {line[:_LINE_CHARS]}" for line in lines)
+    return f"{text}; the last lines of {child.log_file}:\n{indented}"

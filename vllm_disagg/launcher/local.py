@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -18,13 +18,11 @@ import aiohttp
 
 from vllm_disagg.core.fingerprint import check_compatible
 from vllm_disagg.errors import LaunchError
-from vllm_disagg.launcher.child import Child
+from vllm_disagg.launcher.child import Child, how_it_ended, until_ready, with_log
 from vllm_disagg.launcher.console import Console
 from vllm_disagg.launcher.plan import EngineLaunch, ForkHostLaunch, LaunchPlan
 
-_PROBE_EVERY_S = 0.5
 _PROBE_TIMEOUT = aiohttp.ClientTimeout(total=5.0)
-_TAIL_LINES, _LINE_CHARS = 15, 300
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PROXY_START_S = 60.0
 _BACKOFF_FIRST_S, _BACKOFF_MOST_S = 1.0, 60.0
@@ -150,7 +148,7 @@ class Deployment:
         async def healthy() -> bool:
             return (await self._get_json(f"{engine.url}/health"))[0] == 200
 
-        await self._until(healthy, child, timeout_s)
+        await until_ready(child, healthy, timeout_s=timeout_s)
 
     async def _start_fork_host(self, host: ForkHostLaunch, *, timeout_s: float) -> None:
         child = await self._spawn(_FORK_HOST, host.argv, host.env)
@@ -159,7 +157,7 @@ class Deployment:
             return await asyncio.to_thread(Path(host.socket).is_socket)
 
         self._console.status("importing vLLM ...")
-        await self._until(listening, child, timeout_s)
+        await until_ready(child, listening, timeout_s=timeout_s)
 
     async def _start_proxy(self) -> None:
         child = await self._spawn("proxy", self.plan.proxy_argv, {})
@@ -168,7 +166,7 @@ class Deployment:
             status, body = await self._get_json(f"{self.plan.proxy_url}/ready")
             return status == 200 and isinstance(body, dict) and body.get("splitting") is True
 
-        await self._until(splitting, child, _PROXY_START_S)
+        await until_ready(child, splitting, timeout_s=_PROXY_START_S)
 
     async def _spawn(
         self, name: str, argv: tuple[str, ...], env: Mapping[str, str], cpus: tuple[int, ...] = ()
@@ -179,25 +177,9 @@ class Deployment:
         await child.start()
         return child
 
-    async def _until(self, ready: Callable[[], Awaitable[bool]], child: Child, timeout_s: float) -> None:
-        """Ask again and again until the process is ready, it dies, or its time is over."""
-        deadline_s = time.monotonic() + timeout_s
-        death = asyncio.ensure_future(child.wait())
-        try:
-            while not death.done():
-                with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
-                    if await ready():
-                        return
-                if time.monotonic() >= deadline_s:
-                    raise LaunchError(_with_log(f"{child.name} was not ready after {timeout_s:.0f} s", child))
-                await asyncio.wait({death}, timeout=_PROBE_EVERY_S)
-            raise LaunchError(_with_log(f"{child.name} {_how(death.result())} while starting", child))
-        finally:
-            death.cancel()
-
     async def _death_of(self, name: str) -> str:
         child = self._children[name]
-        return _with_log(f"{name} {_how(await child.wait())} during service", child)
+        return with_log(f"{name} {how_it_ended(await child.wait())} during service", child)
 
     async def _keep_alive(self, engine: EngineLaunch) -> NoReturn:
         pause_s = _BACKOFF_FIRST_S
@@ -253,13 +235,3 @@ class Deployment:
         await asyncio.gather(*(child.stop() for child in self._children.values()), return_exceptions=True)
         if self._http is not None:
             await self._http.close()
-
-
-def _how(status: int) -> str:
-    return f"was killed by signal {status - 128}" if status > 128 else f"ended with exit status {status}"
-
-
-def _with_log(text: str, child: Child) -> str:
-    lines = child.last_words(_TAIL_LINES) or ["(empty)"]
-    indented = "\n".join(f"    {line[:_LINE_CHARS]}" for line in lines)
-    return f"{text}; the last lines of {child.log_file}:\n{indented}"

@@ -138,8 +138,9 @@ def plan_launch(
     elif machine.gpus:
         places, flags, notes = _gpu_places(settings, machine), (), ()
     else:
-        places = _cpu_places(settings, machine)
-        flags, notes = _cpu_defaults(settings, machine, weights_bytes, environ or {})
+        places = cpu_places(_num_engines(settings), settings.tp, machine)
+        kv_bytes = _kv_cache_bytes(settings, machine, weights_bytes)
+        flags, notes = cpu_defaults(settings.engine_arg, kv_bytes, environ or {})
     defaults = ((_QUIET_FLAG, _QUIET_PATHS), *flags)
     remaining = iter(ports)
     engines: list[EngineLaunch] = []
@@ -232,9 +233,9 @@ def _gpu_places(settings: UpSettings, machine: Machine) -> list[Place]:
     return places
 
 
-def _cpu_places(settings: UpSettings, machine: Machine) -> list[Place]:
+def cpu_places(num_engines: int, tp: int, machine: Machine) -> list[Place]:
     """A core set for each rank of each engine; whole physical cores while there are enough, shared when too few."""
-    num_ranks = _num_engines(settings) * settings.tp
+    num_ranks = num_engines * tp
     cpus = _cpus_for(num_ranks, machine)
     each = len(cpus) // num_ranks
     if each == 0:
@@ -244,10 +245,10 @@ def _cpu_places(settings: UpSettings, machine: Machine) -> list[Place]:
         used = each - 1 if each >= _SPARE_CORE_FROM else each
         ranks = [cpus[index * each : index * each + used] for index in range(num_ranks)]
     places: list[Place] = []
-    for index in range(_num_engines(settings)):
-        mine = ranks[index * settings.tp : (index + 1) * settings.tp]
+    for index in range(num_engines):
+        mine = ranks[index * tp : (index + 1) * tp]
         binding = "|".join(",".join(map(str, rank)) for rank in mine)
-        share = shares[index * settings.tp : (index + 1) * settings.tp]
+        share = shares[index * tp : (index + 1) * tp]
         stay_on = _with_siblings({cpu for rank in share for cpu in rank}, machine, num_ranks)
         places.append((f"cores {binding}", {"VLLM_CPU_OMP_THREADS_BIND": binding}, tuple(sorted(stay_on))))
     return places
@@ -274,11 +275,16 @@ def _warnings(settings: UpSettings, machine: Machine) -> tuple[str, ...]:
     return (f"{num_ranks} engine ranks share {num_cpus} cores: expect each to be slower than alone",)
 
 
-def _cpu_defaults(
-    settings: UpSettings, machine: Machine, weights_bytes: int, environ: Mapping[str, str]
+def cpu_defaults(
+    arguments: tuple[str, ...], kv_bytes: int, environ: Mapping[str, str]
 ) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
-    """Flags that make a CPU engine start quickly and leave memory to the others, and the lines that say so."""
-    kv_bytes = _kv_cache_bytes(settings, machine, weights_bytes)
+    """Flags that make a CPU engine start quickly and leave memory to the others, and the lines that say so.
+
+    Args:
+        arguments: the user's own for every engine; what these decide is not mentioned.
+        kv_bytes: size of each rank's KV cache.
+        environ: the user's environment.
+    """
     chosen = {
         ("--block-size", str(CPU_BLOCK_SIZE)): "short prompts fill blocks, too",
         ("--enforce-eager",): "a quick start; without it vLLM compiles the model",
@@ -286,24 +292,29 @@ def _cpu_defaults(
     }
     if environ.get("VLLM_CPU_KVCACHE_SPACE"):
         del chosen["--kv-cache-memory-bytes", str(kv_bytes)]
-    told = [f"{' '.join(flag)} ({why})" for flag, why in chosen.items() if not _given(settings.engine_arg, flag[0])]
+    told = [f"{' '.join(flag)} ({why})" for flag, why in chosen.items() if not given(arguments, flag[0])]
     if not told:
         return tuple(chosen), ()
     return tuple(chosen), (f"chosen for CPU engines: {', '.join(told)}; give your own with --engine-arg",)
 
 
 def _kv_cache_bytes(settings: UpSettings, machine: Machine, weights_bytes: int) -> int:
-    share = machine.memory_bytes / (_num_engines(settings) * settings.tp)
-    kv_bytes = int(_KV_SHARE * (share - weights_bytes / settings.tp))
+    return kv_cache_bytes(machine, num_engines=_num_engines(settings), tp=settings.tp, weights_bytes=weights_bytes)
+
+
+def kv_cache_bytes(machine: Machine, *, num_engines: int, tp: int, weights_bytes: int) -> int:
+    """KV cache of each rank of a CPU engine that shares this machine's memory with others like it."""
+    share = machine.memory_bytes / (num_engines * tp)
+    kv_bytes = int(_KV_SHARE * (share - weights_bytes / tp))
     return min(_KV_MAX_BYTES, max(_KV_MIN_BYTES, kv_bytes)) >> 20 << 20
 
 
 def _unless_given(defaults: Sequence[tuple[str, ...]], settings: UpSettings, role: Role) -> tuple[str, ...]:
-    given = _user_arguments(settings, role)
-    return tuple(part for flag in defaults if not _given(given, flag[0]) for part in flag)
+    arguments = _user_arguments(settings, role)
+    return tuple(part for flag in defaults if not given(arguments, flag[0]) for part in flag)
 
 
-def _given(arguments: tuple[str, ...], flag: str) -> bool:
+def given(arguments: tuple[str, ...], flag: str) -> bool:
     """Whether the user has decided what this flag decides, with the flag itself or another."""
     return any(has_flag(arguments, name) for name in (flag, *_SAME_DECISION.get(flag, ())))
 

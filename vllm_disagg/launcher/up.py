@@ -82,7 +82,7 @@ async def deployed(
             ports=free_ports(ports_needed(settings)),
             key_file=str(key_file),
             folder=private,
-            weights_bytes=_weights_bytes(model),
+            weights_bytes=weights_bytes(model),
             environ=os.environ,
             engine_command=engine_command,
             proxy_command=proxy_command,
@@ -132,7 +132,8 @@ def check_model(model: str) -> Path | None:
     return None
 
 
-def _weights_bytes(path: Path | None) -> int:
+def weights_bytes(path: Path | None) -> int:
+    """Size of a local model's files; 0 where it is not known."""
     if path is None:
         return 0
     files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.bin")]

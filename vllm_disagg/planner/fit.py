@@ -1,15 +1,16 @@
 """From measured step times to a latency model: DistServe's terms, fitted by relative error, robustly.
 
 Relative error, since absolute least squares serves only the long steps; a soft-l1 loss, since measurements have
-outliers; coefficients that are not negative, since a longer step cannot take less time; a second regime of decode steps
-only where it clearly fits better. The error is told on points that the fit has not seen.
+outliers; no coefficient by which a larger step would take less time; more than one regime only where that clearly fits
+better. The error is told on points that the fit has not seen.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final, Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ from vllm_disagg.errors import ConfigError
 Fl = NDArray[np.float64]
 
 Region = Literal["prefill", "decode", "mixed"]
+REGIONS: Final[tuple[Region, ...]] = ("prefill", "decode", "mixed")
 
 Judgement = Literal["good", "warn", "refuse", "unknown"]
 
@@ -31,17 +33,42 @@ _MEDIAN: Final = "median_relative_error"
 _LOSS_SCALE: Final = 0.05
 """Relative error beyond which a point counts as an outlier: its weight then grows linearly, not by the square."""
 
-_HINGE_GAIN: Final = 0.8
-"""A second regime has to bring the cost below this share of one regime's."""
+_REGIME_GAIN: Final = 0.8
+"""One regime more has to bring the cost below this share of what it was."""
 
+_MOST_REGIMES: Final = 4
 _FOLDS: Final = 5
 _MIN_PER_TERM: Final = 2
+_MIN_PER_REGIME: Final = 4
+"""Different sizes that a regime has to span."""
 
-_TERMS: Final[dict[Region, tuple[str, ...]]] = {
-    "prefill": ("constant_s", "per_token_s", "per_area_s", "per_prefill_s"),
-    "decode": ("constant_s", "per_decode_s", "per_context_s"),
-    "mixed": ("constant_s", "per_token_s", "per_area_s", "per_decode_s", "per_context_s"),
+_MOST_SEAMS: Final = 24
+"""Seams that are tried for one regime more, spread over the measured sizes."""
+
+_MIXED_LENGTHS: Final = 1.05
+"""A batch of prompts is of mixed lengths when its attention area is so many times that of equal ones."""
+
+_Value = Callable[[StepWork], float]
+
+_SIZE: Final[dict[Region, tuple[str, _Value]]] = {
+    "prefill": ("per_token_s", lambda work: work.prefill_tokens),
+    "decode": ("per_decode_s", lambda work: work.num_decodes),
+    "mixed": ("per_token_s", lambda work: work.prefill_tokens + work.num_decodes),
 }
+"""What a region's regimes are divided by, and the coefficient of it that each regime has for itself."""
+
+_SHARED: Final[dict[Region, dict[str, _Value]]] = {
+    "prefill": {"per_area_s": lambda work: work.prefill_area, "per_prefill_s": lambda work: work.num_prefills},
+    "decode": {"per_context_s": lambda work: work.decode_context},
+    "mixed": {
+        "per_area_s": lambda work: work.prefill_area,
+        "per_prefill_s": lambda work: work.num_prefills,
+        "per_decode_s": lambda work: work.num_decodes,
+        "per_context_s": lambda work: work.decode_context,
+    },
+}
+"""Coefficients that all regimes of a region share. In mixed steps that of decoding requests is what they cost beyond
+their one token."""
 
 WARN_ABOVE: Final = 0.05
 REFUSE_ABOVE: Final = 0.15
@@ -55,10 +82,12 @@ class Point:
     Args:
         work: what it computed.
         seconds: how long it took.
+        group: points of the same group are left out of the fit together; empty for a group of its own.
     """
 
     work: StepWork
     seconds: float
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,17 +107,27 @@ class FitError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """A fitted model and how well it does, by kind of step."""
+    """A fitted model and how well it does, by kind of step.
+
+    Args:
+        latency: the model, fitted to all points.
+        errors: by kind of step.
+        mixed_lengths: of those prefill steps whose prompts had different lengths; None where there were none.
+    """
 
     latency: LatencyModel
     errors: dict[Region, FitError]
+    mixed_lengths: FitError | None = field(default=None)
 
     @property
     def residuals(self) -> dict[str, float]:
         """For the profile: flat names to numbers."""
+        named = {str(region): error for region, error in self.errors.items()}
+        if self.mixed_lengths is not None:
+            named["prefill_mixed_lengths"] = self.mixed_lengths
         return {
             f"{region}_{name}_relative_error": getattr(error, name)
-            for region, error in self.errors.items()
+            for region, error in named.items()
             for name in ("median", "p90", "worst")
         }
 
@@ -108,19 +147,23 @@ def fit_latency(points: Sequence[Point]) -> Fit:
             raise ConfigError(f"a step of {point.work} cannot have taken {point.seconds!r} s")
     regimes: dict[Region, tuple[Regime, ...]] = {}
     errors: dict[Region, FitError] = {}
-    for region in _TERMS:
+    mixed_lengths: FitError | None = None
+    for region in REGIONS:
         own = [point for point in points if region_of(point.work) == region]
         if not own and region == "mixed":
             regimes[region] = ()
             continue
-        needed = _MIN_PER_TERM * len(_TERMS[region])
-        if len(own) < needed:
-            raise ConfigError(f"{len(own)} measured {region} steps are too few to fit {needed // _MIN_PER_TERM} terms")
-        fit = _fit_decode if region == "decode" else _fit_one(region)
-        regimes[region] = fit(own)
-        errors[region] = _held_out(region, own, fit)
+        num_terms = 2 + len(_SHARED[region])
+        if len(own) < _MIN_PER_TERM * num_terms:
+            raise ConfigError(f"{len(own)} measured {region} steps are too few to fit {num_terms} terms")
+        regimes[region] = _fit_region(region, own)
+        off = _held_out(region, own)
+        errors[region] = _error(off)
+        ragged = [error for error, point in zip(off, own, strict=True) if has_mixed_lengths(point.work)]
+        if region == "prefill" and ragged:
+            mixed_lengths = _error(ragged)
     latency = LatencyModel(prefill=regimes["prefill"], decode=regimes["decode"], mixed=regimes["mixed"])
-    return Fit(latency=latency, errors=errors)
+    return Fit(latency=latency, errors=errors, mixed_lengths=mixed_lengths)
 
 
 def region_of(work: StepWork) -> Region:
@@ -128,6 +171,12 @@ def region_of(work: StepWork) -> Region:
     if work.num_prefills and work.num_decodes:
         return "mixed"
     return "prefill" if work.num_prefills else "decode"
+
+
+def has_mixed_lengths(work: StepWork) -> bool:
+    """Whether a step's prompts, all computed from their beginning, differ in length."""
+    equal = work.prefill_tokens**2 / max(work.num_prefills, 1)
+    return work.num_prefills > 1 and work.prefill_area > _MIXED_LENGTHS * equal
 
 
 def judge(fit: Fit) -> tuple[Judgement, str]:
@@ -140,7 +189,7 @@ def judge_profile(profile: Profile) -> tuple[Judgement, str]:
     the profile's kind is all there is to go by."""
     worst: dict[int, tuple[Region, float]] = {}
     for tp, entry in profile.entries.items():
-        known = {region: entry.residuals.get(f"{region}_{_MEDIAN}") for region in _TERMS}
+        known = {region: entry.residuals.get(f"{region}_{_MEDIAN}") for region in REGIONS}
         medians = {region: value for region, value in known.items() if value is not None}
         if medians:
             worst[tp] = max(medians.items(), key=lambda item: item[1])
@@ -158,92 +207,164 @@ def _judged(medians: Mapping[Region, float], whose: str) -> tuple[Judgement, str
     return ("warn" if median > WARN_ABOVE else "good"), text
 
 
-Fitter = Callable[[Sequence[Point]], tuple[Regime, ...]]
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """Times of a region as a sum of terms that no size makes smaller: a constant, a slope for each regime, a step up at
+    each seam, and what the regimes share. All coefficients are 0 or more, so that a larger step never takes less.
+
+    `seams` are the sizes up to which all regimes but the last hold.
+    """
+
+    region: Region
+    seams: tuple[float, ...] = ()
+
+    def columns(self, points: Sequence[Point]) -> Fl:
+        sizes = np.array([_SIZE[self.region][1](point.work) for point in points], dtype=np.float64)
+        edges = (0.0, *self.seams, math.inf)
+        slopes = [np.clip(sizes - low, 0.0, high - low) for low, high in pairwise(edges)]
+        jumps = [(sizes > seam).astype(np.float64) for seam in self.seams]
+        shared = [
+            np.array([value(point.work) for point in points], dtype=np.float64)
+            for value in _SHARED[self.region].values()
+        ]
+        return np.column_stack([np.ones(len(points)), *slopes, *jumps, *shared])
+
+    def regimes(self, coefficients: Fl) -> tuple[Regime, ...]:
+        number = len(self.seams) + 1
+        constant, *rest = coefficients.tolist()
+        slopes, jumps, shared = rest[:number], rest[number : 2 * number - 1], rest[2 * number - 1 :]
+        named = dict(zip(_SHARED[self.region], shared, strict=True))
+        extra = named.pop("per_decode_s", 0.0)
+        found, level, low = [], constant, 0.0
+        for index, slope in enumerate(slopes):
+            high = self.seams[index] if index < number - 1 else math.inf
+            own = {_SIZE[self.region][0]: slope}
+            if self.region == "mixed":
+                own["per_decode_s"] = slope + extra
+            found.append(Regime(up_to=high, constant_s=level - slope * low, **own, **named))
+            if index < number - 1:
+                level, low = level + slope * (high - low) + jumps[index], high
+        return tuple(found)
 
 
-def _fit_one(region: Region) -> Fitter:
-    def fit(points: Sequence[Point]) -> tuple[Regime, ...]:
-        coefficients, _ = _solve(_columns(region, points), _seconds(points))
-        return (Regime(**dict(zip(_TERMS[region], coefficients, strict=True))),)
+def _fit_region(region: Region, points: Sequence[Point]) -> tuple[Regime, ...]:
+    """One regime more as long as that makes the cost clearly smaller."""
+    seconds = _seconds(points)
+    shape = _Shape(region)
+    coefficients, cost = _solve(shape.columns(points), seconds)
+    while len(shape.seams) + 1 < _MOST_REGIMES:
+        candidates = _divided(shape, points)
+        if not candidates:
+            break
+        weights = _weights(shape.columns(points) @ coefficients / seconds - 1.0)
+        best = min(candidates, key=lambda candidate: _quick_cost(candidate.columns(points), seconds, weights))
+        found, less = _solve(best.columns(points), seconds)
+        if less > _REGIME_GAIN * cost:
+            break
+        shape, coefficients, cost = best, found, less
+    return shape.regimes(coefficients)
 
-    return fit
 
-
-def _fit_decode(points: Sequence[Point]) -> tuple[Regime, ...]:
-    """One regime, or two that meet: the hinge max(0, batch - knee) adds to the time per request beyond the knee, so
-    that there is no jump between them. The knee is the batch size with the least cost."""
-    columns, seconds = _columns("decode", points), _seconds(points)
-    names = _TERMS["decode"]
-    single, cost = _solve(columns, seconds)
-    batches = np.array([point.work.num_decodes for point in points], dtype=np.float64)
-    sizes = np.unique(batches)
-    best: tuple[float, Fl, float] | None = None
-    for knee in sizes[2:-2]:
-        hinged, hinged_cost = _solve(np.column_stack([columns, np.maximum(0.0, batches - knee)]), seconds)
-        if best is None or hinged_cost < best[0]:
-            best = hinged_cost, hinged, float(knee)
-    if best is None or best[0] > _HINGE_GAIN * cost or best[1][-1] <= 0:
-        return (Regime(**dict(zip(names, single, strict=True))),)
-    constant, per_decode, per_context, extra = best[1].tolist()
-    knee = best[2]
-    return (
-        Regime(up_to=knee, constant_s=constant, per_decode_s=per_decode, per_context_s=per_context),
-        Regime(constant_s=constant - extra * knee, per_decode_s=per_decode + extra, per_context_s=per_context),
-    )
+def _divided(shape: _Shape, points: Sequence[Point]) -> list[_Shape]:
+    """The same with one seam more, wherever enough sizes remain on either side."""
+    sizes = np.unique([_SIZE[shape.region][1](point.work) for point in points])
+    places = np.unique(np.linspace(0, len(sizes) - 1, _MOST_SEAMS + 2).astype(int))[1:-1]
+    found = []
+    for seam in sizes[places].tolist():
+        seams = tuple(sorted({*shape.seams, seam}))
+        edges = (-math.inf, *seams, math.inf)
+        inside = [int(((low < sizes) & (sizes <= high)).sum()) for low, high in pairwise(edges)]
+        if len(seams) > len(shape.seams) and min(inside) >= _MIN_PER_REGIME:
+            found.append(_Shape(shape.region, seams))
+    return found
 
 
 def _solve(columns: Fl, seconds: Fl) -> tuple[Fl, float]:
-    """Coefficients that are not negative, and their cost. Rows are divided by the measured time, so that the target is
-    1 and residuals are relative errors; columns by their size, so that all coefficients are of one magnitude."""
+    """Coefficients that are not negative, and their cost. Rows are divided by the time, so that residuals are relative
+    errors: by the measured one at first and then by the modelled one, since measured ones would favour the steps that
+    happened to be fast. Columns are divided by their size, so that all coefficients are of one magnitude."""
+    found, cost, divisor = np.zeros(columns.shape[1]), 0.0, seconds
+    for _ in range(2):
+        scaled, scale = _scaled(columns, divisor)
+        target = seconds / divisor
+        start, _ = nnls(scaled, target)
+        result = least_squares(
+            _residuals_of,
+            start,
+            jac=_jacobian_of,
+            args=(scaled, target),
+            bounds=(0.0, np.inf),
+            loss="soft_l1",
+            f_scale=_LOSS_SCALE,
+            x_scale="jac",
+        )
+        found, cost = np.asarray(result.x / scale, dtype=np.float64), float(result.cost)
+        divisor = np.maximum(columns @ found, 0.1 * seconds)
+    return found, cost
+
+
+def _residuals_of(x: Fl, scaled: Fl, target: Fl) -> Fl:
+    return np.asarray(scaled @ x - target, dtype=np.float64)
+
+
+def _jacobian_of(x: Fl, scaled: Fl, target: Fl) -> Fl:
+    return scaled
+
+
+def _quick_cost(columns: Fl, seconds: Fl, weights: Fl) -> float:
+    """The weighted square error of the best coefficients: enough to compare seams by."""
+    scaled, _ = _scaled(columns, seconds)
+    _, norm = nnls(scaled * weights[:, None], weights)
+    return float(norm)
+
+
+def _weights(residuals: Fl) -> Fl:
+    """What makes least squares of residuals like these behave as the soft-l1 loss does."""
+    return np.asarray((1.0 + (residuals / _LOSS_SCALE) ** 2) ** -0.25, dtype=np.float64)
+
+
+def _scaled(columns: Fl, seconds: Fl) -> tuple[Fl, Fl]:
     rows = columns / seconds[:, None]
     scale = np.maximum(np.abs(rows).max(axis=0), 1e-300)
-    scaled = rows / scale
-    start, _ = nnls(scaled, np.ones(len(seconds)))
-    found = least_squares(
-        lambda x: scaled @ x - 1.0,
-        start,
-        jac=lambda x: scaled,
-        bounds=(0.0, np.inf),
-        loss="soft_l1",
-        f_scale=_LOSS_SCALE,
-        x_scale="jac",
-    )
-    return np.asarray(found.x / scale, dtype=np.float64), float(found.cost)
-
-
-def _columns(region: Region, points: Sequence[Point]) -> Fl:
-    of_term: dict[str, Callable[[StepWork], float]] = {
-        "constant_s": lambda work: 1.0,
-        "per_token_s": lambda work: work.prefill_tokens,
-        "per_area_s": lambda work: work.prefill_area,
-        "per_prefill_s": lambda work: work.num_prefills,
-        "per_decode_s": lambda work: work.num_decodes,
-        "per_context_s": lambda work: work.decode_context,
-    }
-    return np.array([[of_term[term](point.work) for term in _TERMS[region]] for point in points], dtype=np.float64)
+    return rows / scale, scale
 
 
 def _seconds(points: Sequence[Point]) -> Fl:
     return np.array([point.seconds for point in points], dtype=np.float64)
 
 
-def _held_out(region: Region, points: Sequence[Point], fit: Fitter) -> FitError:
-    """Fit on four fifths, predict the fifth, five times. Folds are dealt out in turn, so that each covers the grid."""
-    errors: list[float] = []
+def _held_out(region: Region, points: Sequence[Point]) -> list[float]:
+    """Fit on four fifths, predict the fifth, five times; the error of each point. Groups are dealt out in turn, so that
+    each fold covers the grid."""
+    groups = {name: index for index, name in enumerate(dict.fromkeys(map(_group_of, enumerate(points))))}
+    folds = [groups[_group_of(item)] % _FOLDS for item in enumerate(points)]
+    errors = [0.0] * len(points)
     for fold in range(_FOLDS):
-        kept = [point for index, point in enumerate(points) if index % _FOLDS != fold]
-        left = points[fold::_FOLDS]
-        regimes = fit(kept)
+        kept = [point for point, own in zip(points, folds, strict=True) if own != fold]
+        left = [index for index, own in enumerate(folds) if own == fold]
+        if not kept or not left:
+            continue
+        regimes = _fit_region(region, kept)
         # A mixed model is read by `LatencyModel.mixed`; the other kinds stand for themselves.
         model = LatencyModel(
             prefill=regimes, decode=regimes if region == "decode" else _ANY, mixed=regimes if region == "mixed" else ()
         )
-        errors.extend(abs(model.step_s(point.work) / point.seconds - 1.0) for point in left)
+        for index in left:
+            errors[index] = abs(model.step_s(points[index].work) / points[index].seconds - 1.0)
+    return errors
+
+
+def _group_of(item: tuple[int, Point]) -> str:
+    index, point = item
+    return point.group or f"#{index}"
+
+
+def _error(errors: Sequence[float]) -> FitError:
     return FitError(
         median=float(np.median(errors)),
         p90=float(np.percentile(errors, 90)),
         worst=float(np.max(errors)),
-        num_points=len(points),
+        num_points=len(errors),
     )
 
 

@@ -1,4 +1,4 @@
-"""The fit that the benchmark of the emulation's timing makes of recorded steps."""
+"""What the benchmark of the emulation's timing makes of recorded steps."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import random
 import pytest
 
 from vllm_disagg.core.latency import LatencyModel, Regime, work_of
+from vllm_disagg.errors import ConfigError
 from vllm_disagg.profiler.steps import RecordedStep
 
 pytest.importorskip("scipy")
 
-from benchmarks.step_fit import fit, jitter, residuals
+from benchmarks.step_residuals import fit, jitter, residuals
 
 TRUTH = LatencyModel(
     prefill=(Regime(constant_s=0.02, per_token_s=0.002, per_area_s=1e-6),),
@@ -58,5 +59,5 @@ def test_noise_is_found_as_jitter_and_does_not_bias_the_times() -> None:
 
 
 def test_too_few_steps_are_refused() -> None:
-    with pytest.raises(ValueError, match="too few"):
+    with pytest.raises(ConfigError, match="too few"):
         fit(steps()[:20])

@@ -1,0 +1,63 @@
+"""How recorded steps differ from a latency model; `vllm_disagg/planner/fit.py` makes one of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vllm_disagg.core.latency import LatencyModel, StepWork, work_of
+from vllm_disagg.planner.fit import REGIONS, Point, Region, fit_latency, region_of
+from vllm_disagg.profiler.steps import RecordedStep
+
+Sample = tuple[StepWork, float]
+
+
+def fit(steps: Sequence[RecordedStep]) -> LatencyModel:
+    """The latency model of some steps.
+
+    Raises:
+        ConfigError: there are too few of a kind.
+    """
+    works = [(work_of(step.requests), step.step_s) for step in steps]
+    return fit_latency([Point(work=work, seconds=step_s) for work, step_s in works if work != StepWork()]).latency
+
+
+def samples_of(steps: Sequence[RecordedStep]) -> dict[Region, list[Sample]]:
+    """The steps by what they computed."""
+    found: dict[Region, list[Sample]] = {region: [] for region in REGIONS}
+    for step in steps:
+        work = work_of(step.requests)
+        found[region_of(work)].append((work, step.step_s))
+    return found
+
+
+def residuals(model: LatencyModel, steps: Sequence[RecordedStep]) -> dict[str, dict[str, float]]:
+    """How steps differ from a model: number, ratio of the sums, and the spread of the logarithm of each ratio, of which
+    a tenth at either end is not looked at."""
+    found = {}
+    for phase, samples in samples_of(steps).items():
+        if samples:
+            measured = np.array([step_s for _, step_s in samples])
+            modelled = np.array([model.step_s(work) for work, _ in samples])
+            found[phase] = {
+                "num_steps": len(samples),
+                "sum_ratio": float(measured.sum() / modelled.sum()),
+                "log_spread": _spread(np.log(measured / modelled)),
+            }
+    return found
+
+
+def jitter(model: LatencyModel, steps: Sequence[RecordedStep]) -> float:
+    """The spread from each step to the next, as `--emulate-jitter` takes it. A machine that is slower for a while does
+    not count: jitter is drawn anew for each step."""
+    logarithms = np.array([math.log(step.step_s / model.step_s(work_of(step.requests))) for step in steps])
+    return _spread(np.diff(logarithms)) / math.sqrt(2)
+
+
+def _spread(logarithms: np.ndarray[Any, Any]) -> float:
+    """The standard deviation of a normal distribution with the same tenth and ninetieth percentile."""
+    low, high = np.percentile(logarithms, (10, 90))
+    return float((high - low) / (2 * 1.2816))
