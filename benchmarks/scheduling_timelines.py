@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.load import Request, Times
-from benchmarks.schedulers import BLOCK_SIZE, ROWS, SIDES, Row, words
+from benchmarks.schedulers import BLOCK_SIZE, LATENCY, ROWS, SIDES, Row, words
 from benchmarks.schedulers_virtual import Deployment, Moment
+from vllm_disagg.core.scheduling.pace import critical_length
 
 MOST_BYTES = 60 * 1024
 COMPUTES, WAITS, AGAIN, LOST = "#3b6ea5", "#d9dee5", "#e08a3c", "#c0392b"
@@ -56,6 +57,7 @@ def run(
     decode: Sequence[str] = (),
     both: Sequence[str] = (),
     split: bool = True,
+    warm: Sequence[Request] = (),
 ) -> Run:
     """Serve requests on a fresh pair.
 
@@ -65,6 +67,7 @@ def run(
         prefill, decode: more flags of our side's engines.
         both: more flags of the decode engine, whoever schedules.
         split: over both engines, or on decode alone.
+        warm: requests before, of which nothing is shown.
     """
     row = replace(
         ROWS[0],
@@ -74,14 +77,26 @@ def run(
     )
     with tempfile.TemporaryDirectory() as name:
         deployment = Deployment(row, side, Path(name))
+        if warm:
+            deployment.run(warm, split=split)
+        begun_s, devices, before = (
+            deployment.clock.now_s,
+            (deployment.prefill, deployment.decode),
+            deployment.counters(),
+        )
+        first = [len(device.moments) for device in devices]
         times = deployment.run(requests, split=split)
+        shown = [
+            [replace(moment, at_s=moment.at_s - begun_s) for moment in device.moments[start:]]
+            for device, start in zip(devices, first, strict=True)
+        ]
         number = {request: str(index) for request, (index, _) in deployment.place.items()}
         found = Run(
             requests=requests,
             times=times,
-            prefill=[_numbered(moment, number) for moment in deployment.prefill.moments],
-            decode=[_numbered(moment, number) for moment in deployment.decode.moments],
-            counters=deployment.counters(),
+            prefill=[_numbered(moment, number) for moment in shown[0]],
+            decode=[_numbered(moment, number) for moment in shown[1]],
+            counters={name: value - before.get(name, 0.0) for name, value in deployment.counters().items()},
         )
         deployment.stop()
     return found
@@ -171,32 +186,29 @@ def packing(plt: Any) -> Any:
                     below += count
             bars(axes, stacked, plt.get_cmap("tab20")(place % 20), edge="white")
         if side == "phase":
-            limit = found.counters.get("limit", 0.0) or _l_m()
+            limit = critical_length(LATENCY, longest=2048)
             axes.axhline(limit, color="black", linestyle="--", linewidth=0.8)
-            axes.annotate(f"L_m = {limit:.0f}", (0, limit), fontsize=8, va="bottom")
+            axes.annotate(f"L_m = {limit}", (0, limit), fontsize=8, va="bottom")
         axes.set_ylabel("tokens in the step")
         axes.set_title(f"--kv-scheduling {side}: mean time to first token {found.ttft_ms:.0f} ms", fontsize=9)
     panels[-1].set_xlabel("seconds of the device; a bar is a step, a colour is a prompt")
     return figure
 
 
-def _l_m() -> float:
-    from benchmarks.schedulers import LATENCY
-    from vllm_disagg.core.scheduling.pace import critical_length
-
-    return float(critical_length(LATENCY, longest=2048))
-
-
 # Admission.
 
 
 def admission(plt: Any) -> Any:
-    """Forty requests and a cache for half of them: what is in it, and who loses what it had."""
+    """Forty requests and a cache for half of them, once some answers are known: what is in it, and who loses what it
+    had."""
     rng = np.random.default_rng(3)
-    requests = [
-        Request(at_s=0.02 * place, prompt=words(rng, rng.integers(128, 385)), num_output_tokens=512, may_end=True)
-        for place in range(40)
-    ]
+    warm, requests = (
+        [
+            Request(at_s=0.02 * place, prompt=words(rng, rng.integers(128, 385)), num_output_tokens=512, may_end=True)
+            for place in range(number)
+        ]
+        for number in (24, 40)
+    )
     blocks = 40 * (256 + 128) // 2 // BLOCK_SIZE
     figure, panels = plt.subplots(2, 1, figsize=(8, 4.5), sharex=True, sharey=True)
     for axes, side in zip(panels, SIDES, strict=True):
@@ -208,7 +220,7 @@ def admission(plt: Any) -> Any:
             "--max-model-len",
             "1024",
         )
-        found = run(requests, side, both=both)
+        found = run(requests, side, both=both, warm=warm)
         shown = [(m.at_s, m.used_blocks) for m in found.decode[::4]]  # it changes little from step to step
         axes.fill_between(*zip(*shown, strict=True), step="post", color=COMPUTES, linewidth=0)
         lost = [moment.at_s for moment in found.decode for _ in moment.preempted]
