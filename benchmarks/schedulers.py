@@ -14,8 +14,9 @@ import argparse
 import asyncio
 import json
 import re
-import shutil
+import signal
 import statistics
+import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ import numpy as np
 from benchmarks.emulated_goodput import late_steps
 from benchmarks.load import Request, Times, drive
 from benchmarks.machine import OtherLoad, fact_list, facts, table
-from tests.e2e.engines import EmulatedEngine, ForkHost, emulated_engine, fork_host, proxy
+from tests.e2e.engines import EmulatedEngine, ForkHost, Server, emulated_engine, fork_host, proxy
 from vllm_disagg.core.keys import create_key_file
 from vllm_disagg.core.latency import work_of
 from vllm_disagg.profiles import load_profile
@@ -95,18 +96,25 @@ def stream_requests(repetition: int) -> list[Request]:
     return [*streams, *late]
 
 
-def stream_figures(times: Sequence[Times], metrics: dict[str, float], requests: Sequence[Request]) -> Figures:
+def stream_figures(
+    times: Sequence[Times],
+    metrics: dict[str, float],
+    requests: Sequence[Request],
+    *,
+    streams: int = STREAMS,
+    settled_s: float = SETTLED_S,
+) -> Figures:
     gaps = [
         later - earlier
-        for one in times[:STREAMS]
+        for one in times[:streams]
         for earlier, later in zip(one.token_times_s, one.token_times_s[1:], strict=False)
-        if earlier >= SETTLED_S
+        if earlier >= settled_s
     ]
     return {
         "ITL p99, ms": 1e3 * float(np.quantile(gaps, 0.99)),
         "ITL p50, ms": 1e3 * float(np.quantile(gaps, 0.5)),
         "total, s": max(request.at_s + one.token_times_s[-1] for one, request in zip(times, requests, strict=True)),
-        "TTFT of the prompts, ms": 1e3 * statistics.mean(one.ttft_s for one in times[STREAMS:]),
+        "TTFT of the prompts, ms": 1e3 * statistics.mean(one.ttft_s for one in times[streams:]),
     }
 
 
@@ -170,7 +178,24 @@ def edf_figures(times: Sequence[Times], metrics: dict[str, float], requests: Seq
         "TTFT met, %": 100 * statistics.mean(met),
         "TTFT p50, ms": 1e3 * float(np.quantile([one.ttft_s for one in times], 0.5)),
         "longest TTFT, s": max(one.ttft_s for one in times),
+        "beyond the bound": float(
+            sum(one.ttft_s > bound for one, bound in zip(times, waiting_bounds_s(times, requests), strict=True))
+        ),
     }
+
+
+def waiting_bounds_s(times: Sequence[Times], requests: Sequence[Request]) -> list[float]:
+    """How long each request may wait for its first token by the rule of patience (`docs/scheduling.md`): the patience,
+    then the prompts that came before it and were still there when it came; before that the step that had begun, after
+    it its own one, the hand-over and decode's step."""
+    longest_s = max(prompt_s(len(request.prompt)) for request in requests)
+    first_s = [request.at_s + one.ttft_s for request, one in zip(requests, times, strict=True)]
+    bounds = []
+    for place, request in enumerate(requests):
+        before = (other for other in range(place) if first_s[other] > request.at_s)
+        backlog_s = sum(prompt_s(len(requests[other].prompt)) for other in before)
+        bounds.append(PATIENCE_S + backlog_s + longest_s + prompt_s(len(request.prompt)) + 0.1)
+    return bounds
 
 
 def plain_warm(repetition: int) -> list[Request]:
@@ -253,8 +278,7 @@ def start(stack: ExitStack, row: Row, side: str, host: ForkHost, folder: Path, k
     ours = ["--kv-profile", PROFILE, "--kv-slo-ttft-s", str(2 * k), "--kv-slo-tpot-s", str(0.1 * k)]
 
     def engine(role: str) -> EmulatedEngine:
-        flags = [*shared, "--kv-step-log", str(folder / f"{role}.steps")]
-        flags += row.both_flags if role == "decode" else ()
+        flags = [*shared, *(row.both_flags if role == "decode" else ())]
         flags += [*ours, *row.flags(role, k)] if side == "phase" else []
         made = emulated_engine(
             role, host=host, folder=folder, key_file=key_file, role=role, profile=PROFILE, block_size=BLOCK_SIZE,
@@ -307,7 +331,7 @@ def undilated(times: Sequence[Times], k: float) -> list[Times]:
     ]
 
 
-def metrics_of(engine: EmulatedEngine) -> dict[str, float]:
+def metrics_of(engine: Server) -> dict[str, float]:
     """The engine's counters, over all labels."""
     with urllib.request.urlopen(engine.url + "/metrics", timeout=30) as answer:
         text = answer.read().decode()
@@ -317,77 +341,119 @@ def metrics_of(engine: EmulatedEngine) -> dict[str, float]:
     return found
 
 
-async def run_side(row: Row, side: str, repetition: int, host: ForkHost, folder: Path, k: float, gate: Any) -> Figures:
-    """One side of one repetition."""
+class Side:
+    """One deployment of a row, which serves all repetitions.
+
+    Args:
+        row: what is compared.
+        name: its `--kv-scheduling`.
+        url: where it takes requests.
+        decode: whose metrics count.
+    """
+
+    def __init__(self, row: Row, name: str, url: str, decode: EmulatedEngine, k: float) -> None:
+        self._row, self.name, self._url, self._decode, self._k = row, name, url, decode, k
+
+    async def warm(self) -> None:
+        """Let it see what its requests are like."""
+        await self._drive(self._row.warm(0))
+
+    async def run(self, repetition: int) -> Figures:
+        """One repetition."""
+        before = await asyncio.to_thread(metrics_of, self._decode)
+        requests = self._row.requests(repetition)
+        times = undilated(await self._drive(requests), self._k)
+        after = await asyncio.to_thread(metrics_of, self._decode)
+        counted = {name: value - before.get(name, 0.0) for name, value in after.items()}
+        return self._row.figures(times, counted, requests)
+
+    async def _drive(self, requests: Sequence[Request]) -> list[Times]:
+        times = await drive([self._url], dilated(requests, self._k), timeout_s=1800)
+        if failed := [one.error for one in times if one.error]:
+            raise SystemExit(f"{self._row.name} {self.name}: {len(failed)} requests failed: {failed[0]}")
+        return times
+
+
+async def run_row(row: Row, host: ForkHost, folder: Path, options: argparse.Namespace) -> list[dict[str, Figures]]:
+    """All repetitions of a row. In each, both sides begin at the same time."""
+    results: list[dict[str, Figures]] = []
     with ExitStack() as stack:
-        url, decode = await asyncio.to_thread(start, stack, row, side, host, folder, k)
-        await drive([url], dilated(row.warm(repetition), k), timeout_s=1800)
-        before = await asyncio.to_thread(metrics_of, decode)
-        await gate.wait()  # both sides begin at the same time
-        requests = row.requests(repetition)
-        times = undilated(await drive([url], dilated(requests, k), timeout_s=1800), k)
-        after = await asyncio.to_thread(metrics_of, decode)
-    failed = [one.error for one in times if one.error]
-    if failed:
-        raise SystemExit(f"{row.name} {side}: {len(failed)} requests failed: {failed[0]}")
-    late = await asyncio.to_thread(late_steps, folder)
-    figures = row.figures(times, {name: value - before.get(name, 0.0) for name, value in after.items()}, requests)
-    return {**figures, "late steps": float(late)}
-
-
-async def run(options: argparse.Namespace) -> dict[str, list[dict[str, Figures]]]:
-    """All rows, repetition by repetition."""
-    results: dict[str, list[dict[str, Figures]]] = {name: [] for name in options.rows}
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        host = fork_host(Path(name))
-        stack.callback(host.kill)
-        host.start()
-        await asyncio.to_thread(host.wait_until_ready)
+        starting = (
+            asyncio.to_thread(start, stack, row, side, host, folder / f"{row.name}-{side}", options.dilation)
+            for side in SIDES
+        )
+        started = zip(SIDES, await asyncio.gather(*starting), strict=True)
+        sides = [Side(row, name, url, decode, options.dilation) for name, (url, decode) in started]
+        await asyncio.gather(*(side.warm() for side in sides))
         for repetition in range(options.repetitions):
-            for row in (row for row in ROWS if row.name in options.rows):
-                gate = asyncio.Barrier(len(SIDES))
-                folders = {side: Path(name) / f"{row.name}-{side}-{repetition}" for side in SIDES}
-                found = await asyncio.gather(
-                    *(run_side(row, side, repetition, host, folders[side], options.dilation, gate) for side in SIDES)
-                )
-                results[row.name].append(dict(zip(SIDES, found, strict=True)))
-                print(row.name, repetition, json.dumps(results[row.name][-1]), flush=True)
-                if options.out is not None and repetition == 0:
-                    options.out.mkdir(parents=True, exist_ok=True)
-                    for side, folder in folders.items():
-                        for log in folder.glob("*.steps"):
-                            shutil.copy(log, options.out / f"schedulers_{row.name}_{side}_{log.stem}.steps")
+            found = await asyncio.gather(*(side.run(repetition) for side in sides))
+            results.append({side.name: figures for side, figures in zip(sides, found, strict=True)})
+            print(row.name, repetition, json.dumps(results[-1]), flush=True)
     return results
 
 
-def about(options: argparse.Namespace) -> str:
-    """What was run."""
-    return (
-        f"**Emulated**: {PROFILE}, step times a guess (see its `source`), dilation k = {options.dilation:g}, link "
-        f"nvlink. {options.repetitions} repetitions; in each, both sides ran at the same time on the same requests. "
-        "Medians, least and most in brackets. Times are the device's."
-    )
+def run(row: Row, options: argparse.Namespace) -> tuple[list[dict[str, Figures]], str]:
+    """A row's figures, and how punctual its devices were."""
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        host = fork_host(folder)
+        stack.callback(host.kill)
+        host.start()
+        host.wait_until_ready()
+        results = asyncio.run(run_row(row, host, folder, options))
+        late = ", ".join(f"{late_steps(folder / f'{row.name}-{side}')} with `{side}`" for side in SIDES)
+    return results, f"steps for which the host took longer than the device: {late}"
 
 
-def report(results: dict[str, list[dict[str, Figures]]], found: dict[str, str], about: str) -> str:
-    """As Markdown: medians of the repetitions with least and most, and the same of the ratios of pairs."""
-    parts = ["# Our schedulers against vLLM's own, on the same split", "", about, ""]
-    for row in ROWS:
-        runs = results.get(row.name)
-        if not runs:
-            continue
-        lines = []
-        for name in runs[0]["vllm"]:
-            stock, ours = ([run[side][name] for run in runs] for side in SIDES)
-            ratios = [b / a if a else float("nan") for a, b in zip(stock, ours, strict=True)]
-            lines.append((name, _spread(stock), _spread(ours), _spread(ratios, digits=3)))
-        head = ("", "`--kv-scheduling vllm`", "`phase`", "phase / vllm")
-        parts += [f"## {row.name}", "", f"{row.what[0].upper()}{row.what[1:]}.", "", table(head, lines), ""]
+ABOUT = (
+    f"**Emulated**: {PROFILE}, step times a guess (see its `source`), link nvlink, over HTTP and with real waiting, "
+    "slowed down k times. In each repetition both sides ran at the same time on the same requests. Medians, least and "
+    "most in brackets. Times are the device's."
+)
+
+
+def report(
+    results: dict[str, list[dict[str, Figures]]], found: dict[str, str], about: str, rows: Sequence[Row] = ROWS
+) -> str:
+    """As Markdown, where one run has measured all rows."""
+    parts = [TITLE, "", about, ""]
+    for row in rows:
+        if runs := results.get(row.name):
+            parts += section(row, runs)
     return "\n".join([*parts, fact_list(found), ""])
+
+
+def section(row: Row, runs: Sequence[dict[str, Figures]]) -> list[str]:
+    """Medians of the repetitions with least and most, and the same of the ratios of pairs."""
+    lines = []
+    for name in runs[0]["vllm"]:
+        stock, ours = ([run[side][name] for run in runs] for side in SIDES)
+        ratios = [b / a if a else float("nan") for a, b in zip(stock, ours, strict=True)]
+        ratio = _spread(ratios, digits=3) if all(stock) else ""
+        lines.append((name, _spread(stock), _spread(ours), ratio))
+    head = ("", "`--kv-scheduling vllm`", "`phase`", "phase / vllm")
+    return [f"## {row.name}", "", f"{row.what[0].upper()}{row.what[1:]}.", "", table(head, lines), ""]
 
 
 def _spread(values: Sequence[float], digits: int = 1) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+TITLE = "# Our schedulers against vLLM's own, on the same split"
+
+
+def publish(folder: Path, measured: dict[str, dict[str, Any]]) -> None:
+    """Write the result; rows that this run has not measured stay as they were, each with its own facts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "schedulers.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    known |= measured
+    parts = [TITLE, "", ABOUT, ""]
+    for row in ROWS:
+        if (of_row := known.get(row.name)) is not None:
+            parts += [*section(row, of_row["runs"]), fact_list(of_row["facts"]), ""]
+    file.write_text(json.dumps(known, indent=1) + "\n")
+    (folder / "schedulers.md").write_text("\n".join(parts))
 
 
 def read_options() -> argparse.Namespace:
@@ -401,14 +467,18 @@ def read_options() -> argparse.Namespace:
 
 def main() -> None:
     options = read_options()
-    with OtherLoad() as other_load:
-        results = asyncio.run(run(options))
-    found = facts("benchmarks.schedulers", other_load)
-    text = report(results, found, about(options))
-    print(text)
-    if options.out is not None:
-        (options.out / "schedulers.md").write_text(text)
-        (options.out / "schedulers.json").write_text(json.dumps({"facts": found, "rows": results}, indent=1) + "\n")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the engines end with us
+    for row in (row for row in ROWS if row.name in options.rows):
+        with OtherLoad() as other_load:
+            runs, punctual = run(row, options)
+        found = {
+            "dilation": f"k = {options.dilation:g}; {options.repetitions} repetitions",
+            **facts("benchmarks.schedulers", other_load),
+            "punctuality": punctual,
+        }
+        print("\n".join([*section(row, runs), fact_list(found), ""]), flush=True)
+        if options.out is not None:
+            publish(options.out, {row.name: {"facts": found, "runs": runs}})
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from benchmarks.schedulers import BLOCK_SIZE, LATENCY, PROFILE, ROWS, SIDES, Fig
 from tests.vllm.emulated import Engine
 from vllm_disagg.core.keys import create_key_file
 from vllm_disagg.core.latency import work_of
-from vllm_disagg.core.steps import RecordedStep, read_steps
+from vllm_disagg.core.steps import RecordedStep
 from vllm_disagg.core.types import new_transfer_id
 from vllm_disagg.scheduler import planned
 
@@ -52,6 +52,29 @@ class Clock:
         return self.now_s
 
 
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """A step, and how its engine stood when it was made.
+
+    Args:
+        at_s: when it began.
+        step_s: how long it took.
+        tokens: request and how many tokens it computes.
+        preempted: who lost its KV for it.
+        kv_here: who waits with its KV in this engine's cache.
+        waiting: who waits without.
+        used_blocks: of the cache, while it runs.
+    """
+
+    at_s: float
+    step_s: float
+    tokens: tuple[tuple[str, int], ...]
+    preempted: tuple[str, ...]
+    kv_here: tuple[str, ...]
+    waiting: tuple[str, ...]
+    used_blocks: int
+
+
 @dataclass(eq=False)
 class Device:
     """One engine, and until when it is busy."""
@@ -60,6 +83,7 @@ class Device:
     clock: Clock
     free_s: float = 0.0
     steps: list[RecordedStep] = field(default_factory=list)
+    moments: list[Moment] = field(default_factory=list)
     ended: list[tuple[str, int, bool]] = field(default_factory=list)
     """Of the step under way: request, new tokens, whether it ends."""
 
@@ -72,6 +96,23 @@ class Device:
 
     def _scheduled(self, step: Any, requests: tuple[tuple[int, int], ...], *, now_s: float) -> None:
         self._work = requests
+        if requests:
+            self._note(step, LATENCY.step_s(work_of(requests)))
+
+    def _note(self, step: Any, step_s: float) -> None:
+        scheduler = self.engine.scheduler
+        pool = scheduler.kv_cache_manager.block_pool
+        self.moments.append(
+            Moment(
+                at_s=self.clock.now_s,
+                step_s=step_s,
+                tokens=tuple(step.num_scheduled_tokens.items()),
+                preempted=tuple(step.preempted_req_ids or ()),
+                kv_here=tuple(request.request_id for request in scheduler.kv_holding_waiting),
+                waiting=tuple(request.request_id for request in scheduler.waiting),
+                used_blocks=pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+            )
+        )
 
     def begin(self) -> bool:
         """Make a step at this moment if there is something to compute. Its tokens come at `free_s`."""
@@ -143,6 +184,8 @@ class Deployment:
 
         planned.time = SimpleNamespace(monotonic=self.clock.monotonic)  # type: ignore[assignment]
         self.prefill, self.decode = device("prefill"), device("decode")
+        self.place: dict[str, tuple[int, str]] = {}
+        """Of each engine's request: the client's number and the transfer."""
 
     def run(self, requests: Sequence[Request], *, split: bool) -> list[Times]:
         """Serve these requests. Returns what their clients would have seen."""
@@ -151,7 +194,7 @@ class Deployment:
         events: list[tuple[float, int, Any]] = []
         due_s = [begun_s + request.at_s for request in requests]
         seen: list[list[float]] = [[] for _ in requests]
-        place: dict[str, tuple[int, str]] = {}
+        self.place = place = dict[str, tuple[int, str]]()
         for index in range(len(requests)):
             heapq.heappush(events, (due_s[index], next(numbers), ("arrive", index, None)))
         left = len(requests)
@@ -173,9 +216,7 @@ class Deployment:
                     what.ended = []
                     continue
                 request = requests[index]
-                hints = {}
-                if "slo" in request.extra:
-                    hints = {"slo_ttft_ms": 1e3 * max(0.001, request.extra["slo"] - (clock.now_s - due_s[index]))}
+                hints = _hints(request, clock.now_s - due_s[index])
                 transfer_id = new_transfer_id() if kind == "arrive" else what[0]
                 to_prefill = kind == "arrive" and split
                 params = None
@@ -249,32 +290,14 @@ def _write(file: Path, steps: Sequence[RecordedStep], begun_s: float) -> None:
     file.write_text("".join(lines))
 
 
-def draw(folder: Path, file: Path) -> None:
-    """Decode's steps of the first row, from its log: when each began, how long it took, and what it computed."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "vllm-disagg"
-    import matplotlib.pyplot as plt
-
-    figure, all_axes = plt.subplots(len(SIDES), 1, figsize=(8, 4), sharex=True, sharey=True)
-    for axes, side in zip(all_axes, SIDES, strict=True):
-        steps = [
-            step for step in read_steps(folder / f"schedulers_pace_{side}_decode.steps") if 0.7 <= step.at_s <= 2.8
-        ]
-        for label, color, wanted in (("streams alone", "0.75", False), ("with prompt tokens", "tab:red", True)):
-            mine = [step for step in steps if any(new > 1 for _, new in step.requests) == wanted]
-            axes.bar(
-                [step.at_s for step in mine], [1e3 * step.step_s for step in mine],
-                width=[step.step_s for step in mine], align="edge", color=color, edgecolor="white", linewidth=0.2,
-                label=label,
-            )  # fmt: skip
-        axes.set_title(f"--kv-scheduling {side}", fontsize=9)
-        axes.set_ylabel("step, ms")
-    all_axes[0].legend(fontsize=8, loc="upper right")
-    all_axes[-1].set_xlabel("seconds of the device")
-    figure.tight_layout()
-    figure.savefig(file, metadata={"Date": None})
+def _hints(request: Request, elapsed_s: float) -> dict[str, float]:
+    """What the proxy would hand on: of the time to the first token what is left."""
+    hints = {}
+    if "slo" in request.extra:
+        hints["slo_ttft_ms"] = 1e3 * max(0.001, request.extra["slo"] - elapsed_s)
+    if "tpot" in request.extra:
+        hints["slo_tpot_ms"] = 1e3 * request.extra["tpot"]
+    return hints
 
 
 def _free_port() -> int:
@@ -306,8 +329,6 @@ def main() -> None:
     )
     text = report(results, facts("benchmarks.schedulers_virtual", other_load), about)
     print(text)
-    if options.steps is not None and "pace" in options.rows:
-        draw(options.steps, options.steps / "schedulers_pace.svg")
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "schedulers_virtual.md").write_text(text)

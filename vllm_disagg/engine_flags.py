@@ -25,7 +25,8 @@ from vllm_disagg.config import (
 from vllm_disagg.connector.support import UNSUPPORTED_EXECUTORS
 from vllm_disagg.core.keys import load_key
 from vllm_disagg.emulation import flags as emulation
-from vllm_disagg.errors import ConfigError
+from vllm_disagg.errors import ConfigError, VllmUnavailable
+from vllm_disagg.seams import check_version
 
 GROUP = "VllmDisagg"
 FRONTEND = "vllm_disagg.frontend.DisaggFrontend"
@@ -89,6 +90,7 @@ def apply(namespace: Namespace) -> None:
 
     Raises:
         ConfigError: a flag contradicts another, or something `--kv-role` needs is not there.
+        VllmUnavailable: this vLLM is unknown.
     """
     given = {
         name: namespace.__dict__.pop(_dest(flag)) for name, (flag, _) in _FLAGS.items() if _dest(flag) in namespace
@@ -99,6 +101,7 @@ def apply(namespace: Namespace) -> None:
             raise ConfigError(f"{_FLAGS[next(iter(given))][0]} needs --kv-role prefill or --kv-role decode")
         return
     settings = EngineSettings(role=role, **given)
+    check_version()
     _refuse_conflicts(namespace)
     load_key(settings.key_file)  # made or found wanting now, rather than in a child process
     if role == "prefill":
@@ -115,7 +118,7 @@ def _finish_after_parse(parser: ArgumentParser) -> None:
         try:
             emulation.apply(namespace)
             apply(namespace)
-        except ConfigError as error:
+        except (ConfigError, VllmUnavailable) as error:
             parser.error(str(error))
         return namespace, extras
 

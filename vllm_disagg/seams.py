@@ -1,7 +1,9 @@
 """The places where this project holds on to vLLM, and a check at start that they are still there.
 
 vLLM's scheduler and connector interfaces are not public. A method that has lost a parameter we rely on would fail in
-the middle of serving; this table makes it fail at start, with the version and the method named.
+the middle of serving; this table makes it fail at start, with the version and the method named. A method may also keep
+its parameters and come to mean something else, so that a version nobody has looked at is refused as well. Whoever knows
+better sets `OVERRIDE_ENV`.
 """
 
 from __future__ import annotations
@@ -9,14 +11,21 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
-from typing import Any
+import os
+from typing import Any, Final
 
 from vllm_disagg.errors import VllmUnavailable
 
 logger = logging.getLogger(__name__)
 
-TESTED_VERSIONS = ("0.32",)
+TESTED_VERSIONS: Final = ("0.32",)
 """`major.minor` of the vLLM releases that the test suite has run with."""
+
+READ_VERSIONS: Final = ("0.33",)
+"""Releases whose source was read for what this project relies on, and which it was not run with."""
+
+OVERRIDE_ENV: Final = "VLLM_DISAGG_ALLOW_UNKNOWN_VLLM"
+"""Environment variable: `1` starts with a vLLM that would be refused."""
 
 SEAMS: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.scheduler:Scheduler.schedule": ("self",),
@@ -58,22 +67,51 @@ SEAMS: dict[str, tuple[str, ...]] = {
 """`module:qualified name` to the parameters that must be there, in order."""
 
 
-def check_seams() -> None:
-    """Compare this vLLM with `SEAMS`.
+def check_version() -> None:
+    """Refuse a vLLM that nobody has looked at. Cheap: for the command line, before anything is started.
 
     Raises:
-        VllmUnavailable: vLLM is missing, or a method has moved or lost a parameter.
+        VllmUnavailable: vLLM is missing, or a version that is neither tested nor read; not with `OVERRIDE_ENV`.
     """
+    version = vllm_version()
+    if _is_one_of(version, TESTED_VERSIONS):
+        return
+    if _is_one_of(version, READ_VERSIONS):
+        logger.warning("vllm.untested version=%s tested=%s", version, ",".join(TESTED_VERSIONS))
+        return
+    _refuse(
+        f"vLLM {version} is unknown: this project was tested with {', '.join(TESTED_VERSIONS)}, and the source of "
+        f"{', '.join(READ_VERSIONS)} was read for it"
+    )
+
+
+def check_seams() -> None:
+    """Compare this vLLM with `SEAMS`, and its version with those that are known.
+
+    Raises:
+        VllmUnavailable: vLLM is missing or unknown, or a method has moved or lost a parameter; not with `OVERRIDE_ENV`,
+            for what is there all the same.
+    """
+    check_version()
     version = vllm_version()
     for place, expected in SEAMS.items():
         found = _parameters(place)
         if found is None or found[: len(expected)] != expected:
-            raise VllmUnavailable(
+            _refuse(
                 f"vLLM {version} is not supported: {place} has the parameters {found}, "
                 f"{expected} were expected; tested with {', '.join(TESTED_VERSIONS)}"
             )
-    if not version.startswith(tuple(f"{tested}." for tested in TESTED_VERSIONS)):
-        logger.warning("vllm.untested version=%s tested=%s", version, ",".join(TESTED_VERSIONS))
+
+
+def _refuse(reason: str) -> None:
+    if os.environ.get(OVERRIDE_ENV) == "1":
+        logger.error("vllm.allowed by %s=1, it may fail while it serves: %s", OVERRIDE_ENV, reason)
+        return
+    raise VllmUnavailable(f"{reason}. Install one of these, or set {OVERRIDE_ENV}=1 to start at your own risk")
+
+
+def _is_one_of(version: str, releases: tuple[str, ...]) -> bool:
+    return version.startswith(tuple(f"{release}." for release in releases))
 
 
 def vllm_version() -> str:

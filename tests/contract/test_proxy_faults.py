@@ -211,15 +211,66 @@ async def test_a_stream_that_falls_silent_ends_with_an_error_event() -> None:
         await all_idle(decode)
 
 
-async def test_all_decodes_down_is_refused_at_once_without_a_prefill() -> None:
+@pytest.mark.parametrize("stream", [False, True])
+async def test_with_all_decodes_down_a_prefill_instance_serves_whole_requests(stream: bool) -> None:
     async with one_and_one() as (client, prefill, decode):
         decode.die()
         await until("its death is noticed", lambda: not client.total("instances_up", role="decode", instance="0"))
+
+        for answer in (await client.complete(stream=stream), await client.complete(stream=stream, n=1, echo=False)):
+            assert (answer.status, answer.route) == (200, ("local", "no_decode"))
+            assert answer.text == reference(PROMPT, 8)
+        asked = [request.json for request in prefill.requests()]
+        assert [body["max_tokens"] for body in asked] == [8, 8]
+        assert not any("kv_transfer_params" in body for body in asked)
+        ready = await client.get("/ready")
+        assert (ready.status, ready.json["ready"], ready.json["splitting"]) == (200, True, False)
+        assert (await client.get("/v1/models")).status == 200
+
+        await decode.start()
+        await until("it is back", lambda: client.total("instances_up", role="decode", instance="0"))
+        assert (await client.complete()).route == ("split", None)
+        await all_idle(prefill, decode)
+
+
+async def test_a_decode_that_dies_while_the_prompt_is_computed_is_stood_in_for() -> None:
+    async with one_and_one() as (client, prefill, decode):
+        prefill.prefill_s = 0.2
+        asked = asyncio.create_task(client.complete())
+        await until("prefill computes", lambda: prefill.running)
+        decode.die()
+        answer = await asked
+
+        assert (answer.status, answer.route) == (200, ("local", "no_decode"))
+        assert answer.text == reference(PROMPT, 8)
+        await all_idle(prefill)
+        assert len(prefill.counts.releases) == 1
+
+
+async def test_a_prefill_that_stands_in_and_fails_too_is_an_error() -> None:
+    async with one_and_one() as (client, prefill, decode):
+        decode.die()
+        await until("its death is noticed", lambda: not client.total("instances_up", role="decode", instance="0"))
+        prefill.faults.status = 500
+
+        _assert_openai_error(await client.complete(), 502)
+        assert len(prefill.requests()) == 1
+
+
+async def test_with_everybody_down_it_is_refused_at_once() -> None:
+    async with one_and_one() as (client, prefill, decode):
+        decode.die()
+        prefill.die()
+        await until("decode's death is noticed", lambda: not client.total("instances_up", role="decode", instance="0"))
+        await until(
+            "prefill's death is noticed", lambda: not client.total("instances_up", role="prefill", instance="0")
+        )
         answer = await client.complete()
 
         _assert_openai_error(answer, 503)
         assert int(answer.headers["Retry-After"]) >= 1
-        assert not prefill.requests()
+        labels = {"api": "completions", "route": "refuse", "reason": "no_instance"}
+        await until("it is counted", lambda: client.total("requests_total", **labels) == 1)
         ready = await client.get("/ready")
         assert (ready.status, ready.json["ready"]) == (503, False)
         assert "Retry-After" in ready.headers

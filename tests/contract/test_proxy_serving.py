@@ -372,7 +372,7 @@ async def test_models_health_ready_and_metrics() -> None:
 
 def test_every_shape_reason_is_tried() -> None:
     later = {"short_prompt", "no_prefill", "incompatible", "prefill_failed", "prefill_rejected", "nothing_held"}
-    assert SHAPES.keys() | later | {"decode_failed"} == LOCAL_REASONS.keys()
+    assert SHAPES.keys() | later | {"decode_failed", "no_decode"} == LOCAL_REASONS.keys()
 
 
 async def test_a_stream_arrives_event_by_event() -> None:

@@ -93,6 +93,41 @@ def emulated_deployment(folder: Path, flags: Sequence[str] = ()) -> Iterator[Dep
         yield _started(stack, engines, folder, pace=0.05)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One emulated engine of each role, and the proxy in front."""
+
+    prefill: EmulatedEngine
+    decode: EmulatedEngine
+    proxy: Server
+
+
+@contextmanager
+def emulated_pair(folder: Path, prefill_flags: Sequence[str] = ()) -> Iterator[Pair]:
+    key_file = folder / "key"
+    create_key_file(key_file)
+    flags = {"prefill": prefill_flags, "decode": ()}
+    with ExitStack() as stack:
+        host = fork_host(folder)
+        stack.callback(host.kill)
+        host.start()
+        host.wait_until_ready()
+        prefill, decode = (
+            emulated_engine(role, host=host, folder=folder, key_file=key_file, role=role, flags=flags[role])
+            for role in ("prefill", "decode")
+        )
+        for server in (prefill, decode):
+            stack.callback(server.kill)
+            server.start()
+        for server in (prefill, decode):
+            server.wait_until_ready()
+        front = proxy(prefill=[prefill], decode=[decode], folder=folder)
+        stack.callback(front.kill)
+        front.start()
+        front.wait_until_ready("/ready")
+        yield Pair(prefill=prefill, decode=decode, proxy=front)
+
+
 def _started(stack: ExitStack, engines: Sequence[Server], folder: Path, *, pace: float = 1.0) -> Deployment:
     prefill, decode, undivided = engines
     for server in engines:

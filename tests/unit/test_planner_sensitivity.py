@@ -9,7 +9,7 @@ import pytest
 
 from vllm_disagg.core.slo import SLO
 from vllm_disagg.planner.candidates import Candidate, Resources, Shape
-from vllm_disagg.planner.cluster import Cluster, Pool
+from vllm_disagg.planner.cluster import Cluster, EngineOptions, Pool
 from vllm_disagg.planner.goodput import SearchSettings
 from vllm_disagg.planner.placement import Question
 from vllm_disagg.planner.plan import make_plan
@@ -46,7 +46,7 @@ def around() -> tuple[Any, Sensitivity]:
     question = Question(
         resources=Resources(
             prefill=Pool(profile=profile), decode=Pool(profile=profile), cluster=Cluster(devices_per_node=2),
-            longest_tokens=200,
+            options=EngineOptions(), longest_tokens=200,
         ),
         workloads=tuple(
             make_workload(FixedLengths(prompt_tokens=128, output_tokens=8), num_requests=6000, seed=seed)

@@ -34,8 +34,15 @@ def test_split_goes_to_the_least_loaded_of_each_role() -> None:
     assert decision == Decision(route="split", reason="split", prefill=1, decode=0)
 
 
-def test_without_decode_it_is_refused_even_when_it_could_only_run_locally() -> None:
-    assert choose([load(0)], [], shape="echo") == Decision(route="refuse", reason="no_decode")
+def test_without_decode_a_prefill_instance_serves_whatever_it_is() -> None:
+    expected = Decision(route="local", reason="no_decode", prefill=1)
+
+    assert choose([load(0, 5), load(1, 4)], []) == expected
+    assert choose([load(0, 5), load(1, 4)], [], shape="echo", short=True) == expected
+
+
+def test_without_anybody_it_is_refused() -> None:
+    assert choose([], []) == choose([], [], shape="echo") == Decision(route="refuse", reason="no_instance")
 
 
 def test_the_first_reason_to_run_locally_is_told() -> None:
@@ -56,13 +63,17 @@ def test_a_busier_decode_that_fits_beats_an_idle_one_that_does_not() -> None:
     misfits=st.sets(st.tuples(st.integers(0, 3), st.integers(0, 3))),
     shape=st.none() | st.just("echo"),
 )
-def test_a_misfit_is_never_paired_and_nobody_is_refused_while_a_decode_lives(
+def test_a_misfit_is_never_paired_and_nobody_is_refused_while_an_instance_lives(
     prefill: set[int], decode: set[int], misfits: set[tuple[int, int]], shape: str | None
 ) -> None:
     decision = choose([load(p) for p in prefill], [load(d) for d in decode], shape=shape, misfits=misfits)
 
-    assert (decision.route == "refuse") == (not decode)
-    assert (decision.route == "split") == (decision.prefill is not None)
+    assert (decision.route == "refuse") == (not decode and not prefill)
+    assert (decision.decode is not None) == bool(decode)
+    if decode:
+        assert (decision.route == "split") == (decision.prefill is not None)
+    elif prefill:
+        assert (decision.route, decision.reason, decision.prefill in prefill) == ("local", "no_decode", True)
     could = shape is None and any((p, d) not in misfits for p in prefill for d in decode)
     assert (decision.route == "split") == could
     if decision.route == "split":

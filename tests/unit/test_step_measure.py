@@ -51,6 +51,35 @@ def test_l_m_is_learned_from_the_first_steps_and_kept_for_the_next_start(tmp_pat
     assert second.latency.step_s(work) == pytest.approx(TRUTH.step_s(work), rel=0.05)
 
 
+def test_steps_of_one_size_do_not_say_what_l_m_is(tmp_path: Path) -> None:
+    """An L_m made of them might be small, and then no step would ever show that larger ones are worth more."""
+    memory = tmp_path / "known.json"
+    measure = Measure(profile=None, longest=2048, memory=memory)
+
+    def prompts(number: int, tokens: int, *, begun_s: float) -> None:
+        for place in range(number):
+            step, now_s = object(), begun_s + place
+            measure.scheduled(step, ((0, tokens),), now_s=now_s)
+            measure.done(step, now_s=now_s + TRUTH.step_s(work_of([(0, tokens)])))
+
+    prompts(4 * REFRESH_STEPS, 64, begun_s=0.0)
+    assert measure.latency is not None and measure.batch_tokens is None
+    measure.save()
+    assert not memory.exists()
+
+    prompts(REFRESH_STEPS, 1024, begun_s=1000.0)
+    assert measure.batch_tokens == pytest.approx(critical_length(TRUTH, longest=2048), rel=0.1)
+
+
+def test_what_was_learned_is_kept_at_once_and_not_only_at_a_proper_end(tmp_path: Path) -> None:
+    memory = tmp_path / "known.json"
+    measure = Measure(profile=None, longest=2048, memory=memory)
+    run(measure, 2 * REFRESH_STEPS)  # and then it is killed
+
+    assert measure.batch_tokens is not None
+    assert load_model(memory) == measure.latency
+
+
 def test_what_a_profile_says_is_not_overwritten_by_what_was_learned(tmp_path: Path) -> None:
     memory = tmp_path / "known.json"
     measure = Measure(profile=TRUTH, longest=2048, memory=memory)
@@ -107,3 +136,17 @@ def test_overlapping_steps_count_from_the_end_of_the_one_before(tmp_path: Path) 
         (1.0, 0.5, ((0, 100),)),
         (1.5, 0.3, ((100, 1),)),
     ]
+
+
+def test_the_planner_fits_its_latency_model_to_a_schedulers_log(tmp_path: Path) -> None:
+    fit = pytest.importorskip("vllm_disagg.planner.fit", reason="needs scipy")
+    log = tmp_path / "steps"
+    measure = Measure(profile=None, longest=2048, log=log)
+    run(measure, 400)
+    measure.close()
+
+    found = fit.fit_latency([fit.Point(work=work_of(step.requests), seconds=step.step_s) for step in read_steps(log)])
+
+    assert fit.judge(found)[0] == "good"
+    for requests in ([(0, 700), (0, 100)], [(0, 2000)], [(500, 1)] * 32):
+        assert found.latency.step_s(work_of(requests)) == pytest.approx(TRUTH.step_s(work_of(requests)), rel=0.02)

@@ -83,16 +83,19 @@ class Engine:
     Args:
         flags: as on the command line of `vllm serve`.
         transport: of an engine with a role.
+        asynchronous: schedules a step before it knows the tokens of the last one, as on GPUs. vLLM switches that off
+            for its CPU platform, but neither its EngineCore nor an emulated device minds.
 
     Attributes:
         decisions: what every call of the scheduler has decided, since the start.
     """
 
-    def __init__(self, flags: Sequence[str], *, transport: str = "loopback") -> None:
+    def __init__(self, flags: Sequence[str], *, transport: str = "loopback", asynchronous: bool = False) -> None:
         namespace = _parser().parse_args(list(flags))
         if namespace.kv_transfer_config is not None:
             namespace.kv_transfer_config.kv_connector_extra_config["transport"] = transport
         self.config = EngineArgs.from_cli_args(namespace).create_engine_config()
+        self.config.scheduler_config.async_scheduling = asynchronous
         self.core = EngineCore(self.config, Executor.get_class(self.config), log_stats=False)
         self.inputs = InputProcessor(self.config, _renderer(self.config))
         self.answers: dict[str, Answer] = {}
@@ -248,9 +251,9 @@ def _copied(blocks: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(group) for group in blocks or ())
 
 
-def emulated(*flags: str, profile: str = "tiny") -> Engine:
-    """An undivided emulated engine."""
-    return Engine(["--emulate", profile, "--dilation", "0", *flags])
+def emulated(*flags: str, profile: str = "tiny", asynchronous: bool = False) -> Engine:
+    """An undivided emulated engine, unless the flags have a role."""
+    return Engine(["--emulate", profile, "--dilation", "0", *flags], asynchronous=asynchronous)
 
 
 def tiny_llama_profile(folder: Path, *degrees: int) -> Path:
@@ -290,6 +293,7 @@ class Split:
         flags: of both engines.
         decode_flags: of the decode engine alone.
         prefill_flags: of the prefill engine alone.
+        asynchronous: of both engines.
     """
 
     def __init__(
@@ -299,11 +303,13 @@ class Split:
         flags: Sequence[str] = (),
         decode_flags: Sequence[str] = (),
         prefill_flags: Sequence[str] = (),
+        *,
+        asynchronous: bool = False,
     ) -> None:
         create_key_file(folder / "key")
         shared = [*flags, "--kv-key-file", str(folder / "key"), "--kv-control-port", str(port)]
-        self.prefill = emulated(*shared, *prefill_flags, "--kv-role", "prefill")
-        self.decode = emulated(*shared, *decode_flags, "--kv-role", "decode")
+        self.prefill = emulated(*shared, *prefill_flags, "--kv-role", "prefill", asynchronous=asynchronous)
+        self.decode = emulated(*shared, *decode_flags, "--kv-role", "decode", asynchronous=asynchronous)
 
     def hand_over(self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]) -> list[str]:
         """Run prompts on prefill, all at once, and send each with its handoff to decode. Returns decode's ids."""

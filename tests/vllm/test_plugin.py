@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,6 +176,53 @@ def test_a_seam_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(VllmUnavailable, match=r"vllm\.v1\.nowhere:Nothing"):
         seams.check_seams()
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "0.320.0", "1.0.0", "0.1.dev1+g1234567"])
+def test_an_unknown_vllm_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], version: str
+) -> None:
+    monkeypatch.delenv(seams.OVERRIDE_ENV, raising=False)
+    monkeypatch.setattr("vllm.version.__version__", version)
+
+    message = refusal(capsys, "--kv-role", "decode")
+
+    assert f"vLLM {version} is unknown" in message
+    assert "0.32" in message and "0.33" in message
+    assert f"{seams.OVERRIDE_ENV}=1" in message
+    with pytest.raises(VllmUnavailable, match=f"vLLM {re.escape(version)} is unknown"):
+        seams.check_seams()
+    assert parse("--max-num-seqs", "5").max_num_seqs == 5  # without a role vLLM is none of our business
+
+
+@pytest.mark.parametrize(("version", "lines"), [("0.32.0+cpu", 0), ("0.32.1rc1", 0), ("0.33.0", 1)])
+def test_a_known_vllm_starts_and_an_untested_one_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str, lines: int
+) -> None:
+    monkeypatch.setattr("vllm.version.__version__", version)
+
+    seams.check_version()
+
+    assert [record.getMessage() for record in caplog.records if record.name == seams.__name__] == (
+        [f"vllm.untested version={version} tested=0.32"] * lines
+    )
+
+
+def test_whoever_knows_better_may_start_with_any_vllm(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("vllm.version.__version__", "0.99.0")
+    monkeypatch.setattr(seams, "SEAMS", {**seams.SEAMS, "vllm.v1.nowhere:Nothing": ("self",)})
+    monkeypatch.setenv(seams.OVERRIDE_ENV, "yes")
+    with pytest.raises(VllmUnavailable):
+        seams.check_seams()
+
+    monkeypatch.setenv(seams.OVERRIDE_ENV, "1")
+    seams.check_seams()
+    assert parse("--kv-role", "decode").scheduler_cls == "vllm_disagg.scheduler.decode_scheduler"
+
+    told = "\n".join(record.getMessage() for record in caplog.records if record.name == seams.__name__)
+    assert "vLLM 0.99.0 is unknown" in told and "vllm.v1.nowhere:Nothing" in told
 
 
 def _vllms_own() -> set[str]:

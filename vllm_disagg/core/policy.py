@@ -19,8 +19,9 @@ LOCAL_REASONS: Final[Mapping[str, str]] = {
     "prefill_rejected": "The prefill instance answered 4xx; decode's own answer is what the client gets.",
     "nothing_held": "The prefill instance kept no KV, for instance because the client was thought to have left.",
     "decode_failed": "A decode instance failed before its first event; another one computes everything again.",
+    "no_decode": "No decode instance is up: a prefill instance serves the whole request.",
 }
-"""Why a request runs locally: label and its meaning."""
+"""Why a request runs on one instance: label and its meaning."""
 
 REFUSE_REASONS: Final[Mapping[str, str]] = {
     "bad_request": "The body is not acceptable: 400, or 415 for another content type.",
@@ -28,7 +29,7 @@ REFUSE_REASONS: Final[Mapping[str, str]] = {
     "slow_body": "The body did not arrive within `body_timeout_s`: 408.",
     "client_left": "The client left before its body had arrived.",
     "at_capacity": "`max_requests` are already in progress: 503.",
-    "no_decode": "No decode instance is up: 503.",
+    "no_instance": "No instance of either role is up: 503.",
     "shutting_down": "The proxy ended before it could be answered: 503.",
 }
 """Why a request is refused without asking any engine: label and its meaning."""
@@ -53,7 +54,11 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """Where a request goes, why, and to which instances. `decode` is None exactly when it is refused."""
+    """Where a request goes, why, and to which instances.
+
+    Both are given for `split`, and none for `refuse`. `local` names one: a decode instance, or a prefill instance that
+    stands in where no decode instance is up.
+    """
 
     route: Route
     reason: str
@@ -87,7 +92,10 @@ def decide(
     """
     local_on = least_loaded(decode)
     if local_on is None:
-        return Decision(route="refuse", reason="no_decode")
+        stands_in = least_loaded(prefill)
+        if stands_in is None:
+            return Decision(route="refuse", reason="no_instance")
+        return Decision(route="local", reason="no_decode", prefill=stands_in)
     reason = shape or ("short_prompt" if short else None) or ("no_prefill" if not prefill else None)
     if reason is not None:
         return Decision(route="local", reason=reason, decode=local_on)

@@ -114,11 +114,12 @@ class Generation:
 
 
 async def models(request: Request) -> Response:
-    """The models of a decode instance: those of the prefill instances must be the same."""
+    """The models of a decode instance, or of a prefill instance that stands in: they must be the same."""
     services: Services = request.app.state.services
     deadline_s = asyncio.get_running_loop().time() + services.settings.connect_timeout_s
     tried: list[Instance] = []
-    while (instance := services.pool.another_decode(tried)) is not None:
+    pool = services.pool
+    while (instance := pool.another_decode(tried) or pool.stand_in()) is not None and instance not in tried:
         tried.append(instance)
         try:
             async with Upstream(services.http, instance) as leg:
@@ -129,7 +130,7 @@ async def models(request: Request) -> Response:
             services.metrics.leg_failed("models", failure.cause)
             if failure.cause == "connect":
                 services.pool.suspect(instance)
-    raise ApiError(503, "no decode instance is available", reason="no_decode")
+    raise ApiError(503, "no instance is available", reason="no_instance")
 
 
 async def health(request: Request) -> Response:
@@ -142,7 +143,7 @@ async def ready(request: Request) -> Response:
     pool: Pool = request.app.state.services.pool
     up = {"prefill": sum(p.up for p in pool.prefill), "decode": sum(d.up for d in pool.decode)}
     of = {"prefill": len(pool.prefill), "decode": len(pool.decode)}
-    body = {"ready": up["decode"] > 0, "splitting": pool.can_split, "up": up, "configured": of}
+    body = {"ready": pool.can_serve, "splitting": pool.can_split, "up": up, "configured": of}
     if body["ready"]:
         return JSONResponse(body)
     return JSONResponse(body, 503, {"Retry-After": retry_after()})

@@ -4,6 +4,8 @@
        |                 `--failed, nothing held--.     ^
        `--local-----------------------------------+-----'
 
+Where no decode instance is up, a prefill instance takes its place in the last two.
+
 Until decode's first event nothing has been sent to the client, so that every failure before it can be made good.
 Whatever happens, the `finally` of `run` gives back the slots and the KV that nobody will fetch.
 """
@@ -86,7 +88,7 @@ class Flow:
         self._num_legs = 0
         self._emulated: str | None = None
         self.route: Route = "refuse"
-        self.reason = "no_decode"
+        self.reason = "no_instance"
         self.phase = "admit"
 
     async def run(self, send: Send) -> None:
@@ -109,15 +111,19 @@ class Flow:
             shape=unsplittable(call.api, call.fields),
             short=certainly_shorter(call.api, call.fields, call.num_bytes, self._settings.min_split_tokens),
         )
-        if decision.decode is None:
-            raise ApiError(503, "no decode instance is available", reason=decision.reason)
         self.route, self.reason = decision.route, decision.reason
-        decode = self._take_place(pool.decode[decision.decode])  # no prefill without a place to go on
+        if decision.decode is not None:
+            answers = pool.decode[decision.decode]
+        elif decision.prefill is not None:
+            answers = pool.prefill[decision.prefill]
+        else:
+            raise ApiError(503, "no instance is available", reason=decision.reason)
+        answers = self._take_place(answers)  # no prefill without a place to go on
         self._clock.lap("admit")
         prefilled = Prefilled()
-        if decision.prefill is not None:
-            prefilled = await self._prefill(pool.prefill[decision.prefill], decode)
-        await self._decode(decode, prefilled, send)
+        if decision.route == "split" and decision.prefill is not None:
+            prefilled = await self._prefill(pool.prefill[decision.prefill], answers)
+        await self._decode(answers, prefilled, send)
 
     # --- the prefill leg
 
@@ -192,12 +198,14 @@ class Flow:
             fitting = self._pool.another_decode(tried, prefill=prefilled.prefill)
             if fitting is not None:
                 return self._take_place(fitting), prefilled
-        other = self._pool.another_decode(tried)
+        other, reason = self._pool.another_decode(tried), "decode_failed"
         if other is None:
+            other, reason = self._pool.stand_in(), "no_decode"
+        if other is None or other in tried:
             return None
-        if prefilled.handoff is not None:
+        if prefilled.handoff is not None or reason == "no_decode":
             self._give_back()
-            self._go_local("decode_failed")
+            self._go_local(reason)
         return self._take_place(other), Prefilled(token_ids=prefilled.token_ids)
 
     async def _decode_on(self, instance: Instance, prefilled: Prefilled, send: Send) -> None:

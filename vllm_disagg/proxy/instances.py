@@ -110,6 +110,16 @@ class Pool:
             others = [d for d in others if self.fits(prefill.index, d.index)]
         return self._best(others)
 
+    def stand_in(self) -> Instance | None:
+        """A prefill instance to serve whole requests; None while a decode instance is up."""
+        return None if any(d.up for d in self.decode) else self._best([p for p in self.prefill if p.up])
+
+    @property
+    def can_serve(self) -> bool:
+        """Whether a request would be served now, and not only since nobody has looked at the decode instances yet."""
+        known = any(d.up for d in self.decode) or all(d.verdict for d in self.decode)
+        return known and self.decide(shape=None, short=False).route != "refuse"
+
     @contextmanager
     def carrying(self, instance: Instance, num_tokens: int) -> Iterator[None]:
         """Count a request as outstanding on an instance."""

@@ -25,6 +25,10 @@ REFRESH_STEPS: Final = 64
 SAVE_STEPS: Final = 4096
 """After so many steps what was learned is saved for the next start."""
 
+SPREAD: Final = 4
+"""The largest step of prompts has to have so many times the tokens of the smallest one before they say what L_m is.
+From steps of one size nobody can tell what a step costs in any case from what a token costs."""
+
 _MAX_IN_FLIGHT: Final = 64
 
 
@@ -58,6 +62,8 @@ class Measure:
         self.latency: LatencyModel | None = self._times.model()
         self.batch_tokens: int | None = None
         self.most_prompt_tokens = 0
+        self._least_prompt_tokens = longest
+        self._is_saved = False
         self._reckon()
 
     @property
@@ -91,18 +97,21 @@ class Measure:
         self._times.add(work, now_s - at_s)
         if work.num_prefills:
             self.most_prompt_tokens = max(self.most_prompt_tokens, work.prefill_tokens)
+            self._least_prompt_tokens = min(self._least_prompt_tokens, work.prefill_tokens)
         if self._log is not None:
             self._log.write(RecordedStep(at_s=at_s, step_s=now_s - at_s, requests=begun.requests).line())
         self._num_steps += 1
         if self._num_steps % REFRESH_STEPS == 0:
             self._reckon()
-        if self._num_steps % SAVE_STEPS == 0:
+        if self._num_steps % SAVE_STEPS == 0 or (self.batch_tokens is not None and not self._is_saved):
             self.save()
 
     def save(self) -> None:
         """Keep what was learned for the next start."""
-        if self._memory is not None and self.latency is not None and self._num_steps >= REFRESH_STEPS:
-            save_model(self.latency, self._memory)
+        known = self.latency if self.batch_tokens is not None and self._num_steps >= REFRESH_STEPS else None
+        if known is not None and self._memory is not None:
+            save_model(known, self._memory)
+        self._is_saved = True
 
     def close(self) -> None:
         """The engine ends."""
@@ -112,12 +121,15 @@ class Measure:
 
     def _reckon(self) -> None:
         self.latency = self._times.model()
-        if self.latency is None:
+        if self.latency is None or not self._tells_l_m():
             return
         found = critical_length(self.latency, longest=self._longest)
         if self.batch_tokens is None or abs(found - self.batch_tokens) > max(16, self.batch_tokens // 5):
             logger.info("l_m.reckoned tokens=%d steps=%d", found, self._num_steps)
             self.batch_tokens = found  # only when it has moved: a limit that flickers helps nobody
+
+    def _tells_l_m(self) -> bool:
+        return self.trusted or self.most_prompt_tokens >= SPREAD * self._least_prompt_tokens
 
 
 def memory_file(*facts: object) -> Path:
