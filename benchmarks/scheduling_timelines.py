@@ -57,7 +57,6 @@ def run(
     decode: Sequence[str] = (),
     both: Sequence[str] = (),
     split: bool = True,
-    warm: Sequence[Request] = (),
 ) -> Run:
     """Serve requests on a fresh pair.
 
@@ -67,7 +66,6 @@ def run(
         prefill, decode: more flags of our side's engines.
         both: more flags of the decode engine, whoever schedules.
         split: over both engines, or on decode alone.
-        warm: requests before, of which nothing is shown.
     """
     row = replace(
         ROWS[0],
@@ -77,26 +75,14 @@ def run(
     )
     with tempfile.TemporaryDirectory() as name:
         deployment = Deployment(row, side, Path(name))
-        if warm:
-            deployment.run(warm, split=split)
-        begun_s, devices, before = (
-            deployment.clock.now_s,
-            (deployment.prefill, deployment.decode),
-            deployment.counters(),
-        )
-        first = [len(device.moments) for device in devices]
         times = deployment.run(requests, split=split)
-        shown = [
-            [replace(moment, at_s=moment.at_s - begun_s) for moment in device.moments[start:]]
-            for device, start in zip(devices, first, strict=True)
-        ]
         number = {request: str(index) for request, (index, _) in deployment.place.items()}
         found = Run(
             requests=requests,
             times=times,
-            prefill=[_numbered(moment, number) for moment in shown[0]],
-            decode=[_numbered(moment, number) for moment in shown[1]],
-            counters={name: value - before.get(name, 0.0) for name, value in deployment.counters().items()},
+            prefill=[_numbered(moment, number) for moment in deployment.prefill.moments],
+            decode=[_numbered(moment, number) for moment in deployment.decode.moments],
+            counters=deployment.counters(),
         )
         deployment.stop()
     return found
@@ -199,16 +185,13 @@ def packing(plt: Any) -> Any:
 
 
 def admission(plt: Any) -> Any:
-    """Forty requests and a cache for half of them, once some answers are known: what is in it, and who loses what it
-    had."""
+    """Forty requests and a cache for half of them, while nothing is known of answers: what is in it, and who loses what
+    it had."""
     rng = np.random.default_rng(3)
-    warm, requests = (
-        [
-            Request(at_s=0.02 * place, prompt=words(rng, rng.integers(128, 385)), num_output_tokens=512, may_end=True)
-            for place in range(number)
-        ]
-        for number in (24, 40)
-    )
+    requests = [
+        Request(at_s=0.02 * place, prompt=words(rng, rng.integers(128, 385)), num_output_tokens=512, may_end=True)
+        for place in range(40)
+    ]
     blocks = 40 * (256 + 128) // 2 // BLOCK_SIZE
     figure, panels = plt.subplots(2, 1, figsize=(8, 4.5), sharex=True, sharey=True)
     for axes, side in zip(panels, SIDES, strict=True):
@@ -220,7 +203,7 @@ def admission(plt: Any) -> Any:
             "--max-model-len",
             "1024",
         )
-        found = run(requests, side, both=both, warm=warm)
+        found = run(requests, side, both=both)
         shown = [(m.at_s, m.used_blocks) for m in found.decode[::4]]  # it changes little from step to step
         axes.fill_between(*zip(*shown, strict=True), step="post", color=COMPUTES, linewidth=0)
         lost = [moment.at_s for moment in found.decode for _ in moment.preempted]
