@@ -7,6 +7,7 @@ import asyncio
 import random
 import time
 from collections import Counter
+from typing import Any
 
 import aiohttp
 import pytest
@@ -56,38 +57,50 @@ def steps(deployment: Deployment) -> Counter[str]:
     return Counter({name[len(STEPS) + 1 : -1]: int(value) for name, value in found.items()})
 
 
-async def leave_early(
-    http: aiohttp.ClientSession, url: str, index: int, rng: random.Random, *, longest_wait_s: float
-) -> bool:
-    """Send a request and leave after a random while. Whether the answer came first."""
-    length, wait_s = rng.choice([5, 20, 40, 90]), rng.uniform(0.0, longest_wait_s)
-    body = {
-        "model": "model", "prompt": cases.prompt_of(length, 10_000 + index), "max_tokens": 8, "ignore_eos": True,
-        "stream": rng.random() < 0.5, "temperature": 0,
+def body_of(index: int, rng: random.Random) -> dict[str, Any]:
+    """A request of its own."""
+    return {
+        "model": "model", "prompt": cases.prompt_of(rng.choice([5, 20, 40, 90]), 10_000 + index), "max_tokens": 8,
+        "ignore_eos": True, "stream": rng.random() < 0.5, "temperature": 0,
     }  # fmt: skip
 
-    async def send() -> None:
-        async with http.post(url + "/v1/completions", json=body) as response:
-            await response.read()
 
+async def send(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> None:
+    async with http.post(url + "/v1/completions", json=body) as response:
+        await response.read()
+
+
+async def leave_early(http: aiohttp.ClientSession, url: str, body: dict[str, Any], *, wait_s: float) -> bool:
+    """Send a request and leave after a while. Whether the answer came first."""
     try:
-        await asyncio.wait_for(send(), wait_s)
+        await asyncio.wait_for(send(http, url, body), wait_s)
     except TimeoutError:
         return False
     return True
+
+
+async def time_of_a_crowd(deployment: Deployment, rng: random.Random, seed: int) -> float:
+    """Seconds until as many as are out at once are all answered: who leaves within it leaves in every state, however
+    slow the machine is now."""
+    begun_s, url = time.monotonic(), deployment.proxy.url
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as http:
+        bodies = [body_of(seed * 100_000 + 50_000 + index, rng) for index in range(AT_ONCE)]
+        await asyncio.gather(*(send(http, url, body) for body in bodies))
+    return time.monotonic() - begun_s
 
 
 async def cancel_many(deployment: Deployment, count: int, *, seed: int) -> int:
     """Returns how many left before their answer. Both engines are calm and empty afterwards."""
     rng, gate = random.Random(seed), asyncio.Semaphore(AT_ONCE)
     await empty(deployment, within_s=REST_S)  # an earlier test may have left holds to their leases
-    longest_s = 0.6 if deployment.is_emulated else 2.0
+    longest_s = 0.6 if deployment.is_emulated else await time_of_a_crowd(deployment, rng, seed)
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(connector=connector) as http:
 
         async def one(index: int) -> bool:
             async with gate:
-                return await leave_early(http, deployment.proxy.url, index, rng, longest_wait_s=longest_s)
+                body = body_of(index, rng)
+                return await leave_early(http, deployment.proxy.url, body, wait_s=rng.uniform(0.0, longest_s))
 
         answered = await asyncio.gather(*(one(seed * 100_000 + index) for index in range(count)))
     calm_s = await empty(deployment, within_s=CALM_S)
