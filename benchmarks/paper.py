@@ -33,7 +33,7 @@ from vllm_disagg.sim.workload import Workload
 STEADY = SearchSettings(min_requests=2000, spans=6.0)
 """Long enough for queues to show."""
 
-OPTIONS = EngineOptions(first_token="prefill", prefill_policy="whole", early_reads=False)
+OPTIONS = EngineOptions(first_token="prefill", scheduling="distserve", early_reads=False)
 """As DistServe's engine: prefill sends the first token, and packs whole prompts."""
 
 NEVER = math.inf

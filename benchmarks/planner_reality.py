@@ -31,12 +31,14 @@ from tests.e2e.engines import EmulatedEngine, ForkHost, emulated_engine, fork_ho
 from vllm_disagg.core.keys import create_key_file
 from vllm_disagg.core.latency import StepWork, work_of
 from vllm_disagg.core.link import LINKS
+from vllm_disagg.core.scheduling.pace import critical_length
+from vllm_disagg.core.scheduling.rules import Rules
 from vllm_disagg.core.slo import SLO
 from vllm_disagg.profiles import load_profile
 from vllm_disagg.sim.lengths import SURROGATES, make_workload
 from vllm_disagg.sim.outcome import Outcome
 from vllm_disagg.sim.run import Backend, simulate
-from vllm_disagg.sim.system import EngineSpec, System
+from vllm_disagg.sim.system import EngineSpec, Policy, System
 from vllm_disagg.sim.workload import Workload, as_ints
 
 BLOCK_SIZE = 16
@@ -363,19 +365,26 @@ def calibrate(runs: Sequence[Measured]) -> Host:
 def system_of(cell: Cell, host: Host) -> System:
     """The deployment as the simulator knows it."""
     profile, kind = load_profile(cell.profile), KINDS[cell.kind]
-    engine = EngineSpec(
-        latency=profile.entry(1).latency,
-        kv_tokens=profile.kv_capacity_tokens(1, 1),
-        block_size=BLOCK_SIZE,
-        policy="chunked" if kind.chunked else "whole",
-        max_num_batched_tokens=kind.budget,
-        max_num_seqs=MAX_NUM_SEQS,
-        step_overhead_s=host.step_s,
-        request_overhead_s=host.request_s,
-    )
+    latency = profile.entry(1).latency
+    plain: Policy = "chunked" if kind.chunked else "whole"
+    l_m = critical_length(latency, longest=min(kind.budget, profile.model.max_model_len))
+
+    def engine(policy: Policy) -> EngineSpec:
+        return EngineSpec(
+            latency=latency,
+            kv_tokens=profile.kv_capacity_tokens(1, 1),
+            block_size=BLOCK_SIZE,
+            policy=policy,
+            rules=Rules(batch_tokens=l_m),
+            max_num_batched_tokens=kind.budget,
+            max_num_seqs=MAX_NUM_SEQS,
+            step_overhead_s=host.step_s,
+            request_overhead_s=host.request_s,
+        )
+
     return System(
-        prefill=(engine,) * kind.prefill,
-        decode=(engine,) * kind.decode,
+        prefill=(engine("prefill"),) * kind.prefill,
+        decode=(engine("decode" if kind.prefill else plain),) * kind.decode,
         link=LINKS[LINK],
         kv_bytes_per_token=profile.model.kv_bytes_per_token,
         dispatch_s=host.dispatch_s,

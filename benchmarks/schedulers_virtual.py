@@ -19,10 +19,10 @@ import logging
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from vllm.sampling_params import SamplingParams
@@ -164,9 +164,25 @@ class Device:
 
 
 class Deployment:
-    """A prefill and a decode engine on one clock."""
+    """A prefill and a decode engine on one clock.
 
-    def __init__(self, row: Row, side: str, folder: Path) -> None:
+    Args:
+        row: the comparison.
+        side: `--kv-scheduling`.
+        folder: for the deployment's key.
+        more_flags: by role, after all others.
+        early: whether decode's connector hears of a request when it arrives, as from vLLM's input thread.
+    """
+
+    def __init__(
+        self,
+        row: Row,
+        side: str,
+        folder: Path,
+        more_flags: Mapping[str, Sequence[str]] = MappingProxyType({}),
+        *,
+        early: bool = False,
+    ) -> None:
         self.clock = Clock()
         create_key_file(folder / "key")
         shared = [
@@ -180,12 +196,14 @@ class Deployment:
         def device(role: str) -> Device:
             flags = [*shared, *(row.both_flags if role == "decode" else ())]
             flags += [*ours, *row.flags(role, 1.0)] if side == "phase" else []
-            return Device(Engine([*flags, "--kv-role", role]), self.clock)
+            return Device(Engine([*flags, *more_flags.get(role, ()), "--kv-role", role]), self.clock)
 
         planned.time = SimpleNamespace(monotonic=self.clock.monotonic)  # type: ignore[assignment]
         self.prefill, self.decode = device("prefill"), device("decode")
         self.place: dict[str, tuple[int, str]] = {}
         """Of each engine's request: the client's number and the transfer."""
+        if early:
+            _tell_of_arrivals(self.decode.engine)
 
     def run(self, requests: Sequence[Request], *, split: bool) -> list[Times]:
         """Serve these requests. Returns what their clients would have seen."""
@@ -233,8 +251,8 @@ class Deployment:
                 device = self.prefill if to_prefill else self.decode
                 name = device.engine.add(list(request.prompt), sampling, kv_params=params)
                 place[name] = (index, transfer_id)
-            self.decode.settle()
-            for device in (self.prefill, self.decode):
+            for device in (self.prefill, self.decode, self.prefill):  # what decode has fetched makes room on prefill
+                self.decode.settle()
                 if device.free_s <= clock.now_s and device.begin():
                     heapq.heappush(events, (device.free_s, next(numbers), ("step", -1, device)))
             if not events and left:
@@ -259,6 +277,18 @@ class Deployment:
         for device in (self.decode, self.prefill):
             device.engine.settle()
             device.engine.stop()
+
+
+def _tell_of_arrivals(engine: Engine) -> None:
+    """What `scheduler/arrivals.py` does to an engine in a process of its own."""
+    prepare = engine.core.preprocess_add_request
+
+    def prepared(request: Any) -> Any:
+        found = prepare(request)
+        engine.scheduler.connector.on_arrival(found[0])
+        return found
+
+    engine.core.preprocess_add_request = prepared
 
 
 def run_side(row: Row, side: str, repetition: int, out: Path | None) -> Figures:

@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks.machine import ROOT, OtherLoad, fact_list, facts, table
 from vllm_disagg.core.link import LINKS
+from vllm_disagg.core.scheduling.rules import Rules
 from vllm_disagg.core.slo import SLO
 from vllm_disagg.profiles import load_profile
 from vllm_disagg.sim.lengths import SURROGATES, make_workload
@@ -44,17 +45,18 @@ def engine(tp: int = 1, pp: int = 1, **changes: Any) -> EngineSpec:
     )
 
 
-PREFILL = {"policy": "whole", "max_num_batched_tokens": 512}
+PREFILL = {"policy": "prefill", "max_num_batched_tokens": 2048, "rules": Rules(batch_tokens=512)}
+DECODE = {"policy": "decode"}
 LINK = {"link": LINKS["25g"], "kv_bytes_per_token": PROFILE.model.kv_bytes_per_token, "handoff_s": 0.005}
 SYSTEMS = {
     "colocated": System(decode=(engine(max_num_batched_tokens=2048),)),
     "colocated, prefill first": System(decode=(engine(policy="prefill_first", watermark=0.01),)),
-    "1P(TP2) 1D": System(prefill=(engine(2, **PREFILL),), decode=(engine(),), **LINK),
-    "2P1D": System(prefill=(engine(**PREFILL),) * 2, decode=(engine(),), **LINK),
+    "1P(TP2) 1D": System(prefill=(engine(2, **PREFILL),), decode=(engine(**DECODE),), **LINK),
+    "2P1D": System(prefill=(engine(**PREFILL),) * 2, decode=(engine(**DECODE),), **LINK),
     "1P(PP2) 1D(PP2), early first token": System(
-        prefill=(engine(pp=2, **PREFILL),), decode=(engine(pp=2),), first_token="prefill", **LINK
+        prefill=(engine(pp=2, **PREFILL),), decode=(engine(pp=2, **DECODE),), first_token="prefill", **LINK
     ),
-    "8P4D": System(prefill=(engine(**PREFILL),) * 8, decode=(engine(),) * 4, **LINK),
+    "8P4D": System(prefill=(engine(**PREFILL),) * 8, decode=(engine(**DECODE),) * 4, **LINK),
 }
 RATES = (1.0, 2.0, 3.0)
 """Per device."""

@@ -13,13 +13,15 @@ from typing import Any, cast, get_args
 
 import numpy as np
 
+from vllm_disagg.config import PrefillOrder, Role
 from vllm_disagg.core.link import LINKS, Link
+from vllm_disagg.core.scheduling.rules import Rules
 from vllm_disagg.core.slo import SLO
 from vllm_disagg.errors import ConfigError
 from vllm_disagg.plan_plots import draw_rates, draw_sensitivity, require_matplotlib
 from vllm_disagg.plan_settings import PlanSettings, SimulateSettings
 from vllm_disagg.planner.candidates import Resources
-from vllm_disagg.planner.cluster import Cluster, EngineOptions, Pool, critical_length
+from vllm_disagg.planner.cluster import Cluster, EngineOptions, Pool, Scheduling, critical_length
 from vllm_disagg.planner.fit import judge_profile
 from vllm_disagg.planner.goodput import SearchSettings, find_goodput
 from vllm_disagg.planner.placement import Mapper, Question
@@ -90,7 +92,8 @@ def question_of(settings: PlanSettings) -> Question:
             ),
             options=EngineOptions(
                 first_token=_first_token(settings.first_token),
-                prefill_policy=_policy("--prefill-policy", settings.prefill_policy),
+                scheduling=_scheduling(settings.kv_scheduling),
+                rules=_rules(settings),
                 step_overhead_s=settings.step_overhead_ms / 1e3,
                 handoff_s=settings.handoff_ms / 1e3,
             ),
@@ -215,29 +218,36 @@ def system_of(settings: SimulateSettings) -> System:
         ConfigError: a setting is out of range, or the model does not fit.
     """
     profile = load_profile(settings.profile, model=settings.model)
-    policy, of_prefill = _policy("--policy", settings.policy), _policy("--prefill-policy", settings.prefill_policy)
+    policy, scheduling = _policy("--policy", settings.policy), _scheduling(settings.kv_scheduling)
     if settings.prefill < 0 or settings.decode < 1:
         raise ConfigError("--prefill must be 0 or more and --decode at least 1")
 
-    def engine(tp: int, pp: int, policy: Policy, budget: int) -> EngineSpec:
+    def engine(tp: int, pp: int, policy: Policy, budget: int, rules: Rules) -> EngineSpec:
         return EngineSpec(
             latency=profile.entry(tp).latency,
             kv_tokens=profile.kv_capacity_tokens(tp, pp),
             pp=pp,
             policy=policy,
+            rules=rules,
             max_num_batched_tokens=budget,
             max_num_seqs=settings.max_num_seqs,
             step_overhead_s=settings.step_overhead_ms / 1e3,
             num_devices=tp * pp,
         )
 
-    l_m = critical_length(
+    rules, prefill_budget = _rules(settings), EngineOptions().prefill_budget
+    l_m = rules.batch_tokens or critical_length(
         profile.entry(settings.prefill_tp).latency, EngineOptions().l_m_share, longest=profile.model.max_model_len
     )
-    prefill_budget = l_m if of_prefill == "whole" else EngineOptions().prefill_budget
+    of_prefill: tuple[Policy, int] = "chunked", prefill_budget
+    if settings.prefill and scheduling == "phase":
+        policy, of_prefill = "decode", ("prefill", prefill_budget)
+    elif scheduling == "distserve":
+        of_prefill = "whole", l_m
+    packs = replace(rules, batch_tokens=l_m)
     return System(
-        prefill=(engine(settings.prefill_tp, settings.prefill_pp, of_prefill, prefill_budget),) * settings.prefill,
-        decode=(engine(settings.tp, settings.pp, policy, settings.max_num_batched_tokens),) * settings.decode,
+        prefill=(engine(settings.prefill_tp, settings.prefill_pp, *of_prefill, packs),) * settings.prefill,
+        decode=(engine(settings.tp, settings.pp, policy, settings.max_num_batched_tokens, rules),) * settings.decode,
         link=_link(settings.link),
         kv_bytes_per_token=profile.model.kv_bytes_per_token,
         handoff_s=settings.handoff_ms / 1e3,
@@ -300,9 +310,28 @@ def _link(name: str) -> Link:
 
 
 def _policy(option: str, name: str) -> Policy:
-    if name not in get_args(Policy):
-        raise ConfigError(f"{option} must be one of {', '.join(get_args(Policy))}, not {name!r}")
+    colocated = [policy for policy in get_args(Policy) if policy not in get_args(Role)]
+    if name not in colocated:
+        raise ConfigError(f"{option} must be one of {', '.join(colocated)}, not {name!r}")
     return cast(Policy, name)
+
+
+def _scheduling(name: str) -> Scheduling:
+    if name not in get_args(Scheduling):
+        raise ConfigError(f"--kv-scheduling must be one of {', '.join(get_args(Scheduling))}, not {name!r}")
+    return cast(Scheduling, name)
+
+
+def _rules(settings: PlanSettings | SimulateSettings) -> Rules:
+    """The engines' settings; their targets are those of the plan."""
+    return Rules(
+        prefill_order=cast(PrefillOrder, settings.kv_prefill_order),
+        batch_tokens=settings.kv_batch_tokens,
+        held_share=settings.kv_held_share,
+        patience_s=settings.kv_patience_s,
+        slo_ttft_s=settings.slo_ttft_s,
+        slo_tpot_s=settings.slo_tpot_s,
+    )
 
 
 def _first_token(name: str) -> FirstToken:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_disagg.config import setting
+from vllm_disagg.config import EngineSettings, default_of, setting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +33,20 @@ class PlanSettings:
     price: float = setting(1.0, "Price of a device, in any unit. Placements are ranked by goodput per price.")
     prefill_price: float | None = setting(None, "Price of one of prefill's devices, if it is another.")
     first_token: str = setting("decode", "Who sends the first token: decode, as this project does, or prefill.")
-    prefill_policy: str = setting(
-        "chunked", "How prefill instances form steps: chunked, as they do, or whole prompts packed up to L_m."
+    kv_scheduling: str = setting(
+        "phase",
+        "How instances with a role schedule: phase or vllm, as the engines' flag of that name; distserve packs whole "
+        "prompts up to L_m as they came, as the paper's engine does.",
+    )
+    kv_prefill_order: str = setting(
+        default_of(EngineSettings, "prefill_order"), "With phase, the engines' flag of that name: fcfs, sjf or edf."
+    )
+    kv_batch_tokens: int = setting(0, "L_m, the engines' flag of that name. 0: from the profile.")
+    kv_held_share: float = setting(
+        default_of(EngineSettings, "held_share"), "With phase, the engines' flag of that name."
+    )
+    kv_patience_s: float = setting(
+        default_of(EngineSettings, "patience_s"), "With phase, the engines' flag of that name."
     )
     step_overhead_ms: float = setting(0.0, "Host time per engine step during which the device waits.")
     handoff_ms: float = setting(0.0, "From a prompt's end to the request's arrival at decode, without the KV.")
@@ -70,7 +82,20 @@ class SimulateSettings:
     policy: str = setting("chunked", "How colocated instances form steps: chunked, whole or prefill_first.")
     max_num_batched_tokens: int = setting(2048, "Tokens per step of a decode or colocated instance.")
     max_num_seqs: int = setting(1024, "Running requests of an instance.")
-    prefill_policy: str = setting("chunked", "How prefill instances form steps, as for `plan`.")
+    kv_scheduling: str = setting(
+        "phase",
+        "How instances with a role schedule: phase, vllm or distserve, as for `plan`. Colocated ones have none.",
+    )
+    kv_prefill_order: str = setting(
+        default_of(EngineSettings, "prefill_order"), "With phase, the engines' flag of that name: fcfs, sjf or edf."
+    )
+    kv_batch_tokens: int = setting(0, "L_m, the engines' flag of that name. 0: from the profile.")
+    kv_held_share: float = setting(
+        default_of(EngineSettings, "held_share"), "With phase, the engines' flag of that name."
+    )
+    kv_patience_s: float = setting(
+        default_of(EngineSettings, "patience_s"), "With phase, the engines' flag of that name."
+    )
     link: str = setting("nvlink", "Link between instances: none, nvlink, pcie5, 200g or 25g.")
     first_token: str = setting("decode", "Who sends the first token: decode, as this project does, or prefill.")
     step_overhead_ms: float = setting(0.0, "Host time per engine step during which the device waits.")

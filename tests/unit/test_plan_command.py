@@ -32,6 +32,7 @@ def test_plan_prints_a_ranking_and_one_sentence_and_writes_the_plan(tmp_path: Pa
     assert lines.startswith("placement")
     assert "eq. 1" in lines and "eq. 3" in lines
     assert document["placement"]["num_devices"] <= 2
+    assert document["scheduling"] == "phase"
 
 
 def test_plan_draws_what_other_targets_and_rates_would_change(tmp_path: Path) -> None:
@@ -53,6 +54,21 @@ def test_simulate_prints_a_line_per_rate_and_where_the_time_goes(tmp_path: Path)
     assert [line.split()[0] for line in lines[2:4]] == ["10", "20"]
     assert lines[-1].endswith("(2 devices)")
     assert [run["rate"] for run in json.loads(file.read_text())["runs"]] == [10.0, 20.0]
+
+
+def test_how_instances_schedule_makes_a_difference(tmp_path: Path) -> None:
+    """Prompts of one length that fit L_m only one at a time: packing is plain to see in the time they take to run."""
+
+    def prefill_run_s(scheduling: str) -> float:
+        file = tmp_path / f"{scheduling}.json"
+        options = ("--profile", "tiny", "--workload", "fixed:64/8", "--requests", "400", "--rates", "600")
+        output(
+            "simulate", *options, "--prefill", "1", "--kv-scheduling", scheduling, "--kv-batch-tokens", "64",
+            "--out", str(file),
+        )  # fmt: skip
+        return float(json.loads(file.read_text())["runs"][0]["phases_s"]["prefill_run"])
+
+    assert prefill_run_s("phase") == prefill_run_s("distserve") < prefill_run_s("vllm")
 
 
 def test_simulate_draws_what_it_prints(tmp_path: Path) -> None:
@@ -96,6 +112,10 @@ def test_simulate_replays_a_trace(tmp_path: Path) -> None:
         (("simulate", "--rates", "1,-2"), "--rates must be positive numbers"),
         (("simulate", "--decode", "0"), "--decode at least 1"),
         (("simulate", "--policy", "lifo"), "--policy must be one of"),
+        (("simulate", "--policy", "decode"), "--policy must be one of chunked, whole, prefill_first, not 'decode'"),
+        (("simulate", "--kv-scheduling", "best"), "--kv-scheduling must be one of phase, vllm, distserve"),
+        (("simulate", "--kv-prefill-order", "lifo"), "prefill order must be one of fcfs, sjf, edf"),
+        (("plan", *QUICK, "--kv-held-share", "2"), "held share must be above 0"),
         (("simulate", "--requests", "0"), "--requests must be at least 1"),
         (("simulate", "--tp", "3"), "no tensor-parallel degree 3"),
     ],

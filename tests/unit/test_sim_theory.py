@@ -13,6 +13,7 @@ from tests.unit.sim_cases import engine, fixed, run
 from vllm_disagg.core.latency import LatencyModel, Regime
 from vllm_disagg.core.link import Link
 from vllm_disagg.core.queueing import crossover_load, inter_op_s, intra_op_s, one_device_s, replicas_s
+from vllm_disagg.core.scheduling.rules import Rules
 from vllm_disagg.errors import ConfigError
 from vllm_disagg.sim.outcome import Outcome
 from vllm_disagg.sim.run import simulate
@@ -24,10 +25,10 @@ LOADS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def device(seconds: float = D, pp: int = 1) -> EngineSpec:
-    """Serves one prompt at a time, in so many seconds."""
+    """Serves one prompt at a time, in so many seconds: this project's prefill scheduler with an L_m of one token."""
     constant = (Regime(constant_s=seconds),)
     latency = LatencyModel(prefill=constant, decode=constant)
-    return engine(latency=latency, pp=pp, policy="whole", max_num_batched_tokens=1)
+    return engine(latency=latency, pp=pp, policy="prefill", rules=Rules(batch_tokens=1))
 
 
 def prompts(load: float, num: int, seed: int = 0, service_s: float = D) -> Workload:
@@ -122,11 +123,16 @@ def mean_number_inside(outcome: Outcome, until_s: float) -> float:
     return float((inside[:-1] * np.diff(moments[order])).sum() / until_s)
 
 
-@pytest.mark.parametrize("policy", ["chunked", "whole", "prefill_first"])
+@pytest.mark.parametrize("policy", ["chunked", "whole", "prefill_first", "phase"])
 @pytest.mark.parametrize("split", [False, True])
 def test_littles_law(policy: str, split: bool) -> None:
-    spec = engine(policy=policy, kv_tokens=600)
-    system = System(prefill=(spec,) if split else (), decode=(spec,), link=Link(bytes_per_s=5e3), kv_bytes_per_token=1)
+    prefill, decode = ("prefill", "decode") if policy == "phase" else (policy, policy)
+    system = System(
+        prefill=(engine(policy=prefill, kv_tokens=600),) if split else (),
+        decode=(engine(policy=decode, kv_tokens=600),),
+        link=Link(bytes_per_s=5e3),
+        kv_bytes_per_token=1,
+    )
     outcome = run(system, fixed(60, 12, num=150, rate=12.0))
     until_s = outcome.finish_s.max()
 

@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.vllm.in_process import BLOCK_SIZE, Pair, prompt
-from vllm_disagg.connector.reserve import GrowthOutlook, Reserve, reserve_target
+from vllm_disagg.connector.reserve import GrowthOutlook, Reserve
+from vllm_disagg.core.scheduling.reserve import reserve_target
 from vllm_disagg.errors import TransportError
 from vllm_disagg.testing.leaks import assert_no_leaks
 
@@ -307,6 +308,24 @@ def test_any_mixture_ends_as_it_began(tmp_path: Path, seed: int) -> None:
         engines.decode.run_until_finished(request_id)
     at_rest(engines)
     engines.close()
+
+
+def test_early_kv_does_not_keep_a_longer_prompt_before_it_waiting_for_ever(busy: Busy) -> None:
+    """The first in line wants more than the early KV behind it leaves, and nobody else holds any blocks."""
+    pool, long, short = busy.decode.pool, prompt(1000, seed=5), prompt(LENGTH, seed=6)
+    in_use = len(busy.decode.blocks_of(busy.stream)) + len(busy.side._reserve)
+    taken = pool.get_new_blocks(pool.get_num_free_blocks() + in_use - 35)  # 32 and 4 do not fit together
+    first = busy.decode.add(long, busy.prefilled(long), max_tokens=2)
+    busy.decode.step()
+    second = busy.arrive(short, busy.prefilled(short), max_tokens=2)
+    assert busy.side._by_request[second].early
+    assert busy.decode.status(first) == "WAITING"
+
+    busy.decode.abort(busy.stream)
+
+    busy.decode.run_until_finished(second)
+    busy.decode.run_until_finished(first)
+    pool.free_blocks(taken)
 
 
 def test_the_reserve_is_a_part_of_what_is_free() -> None:

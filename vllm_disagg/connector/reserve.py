@@ -13,16 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vllm_disagg.core.scheduling.reserve import RECENT_PROMPTS, reserve_target
+
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
-
-_SHARE_OF_FREE = 4
-"""One in so many free blocks may be set aside or hold early KV. So the reserve goes before memory gets short."""
-
-_PROMPTS_AHEAD = 2
-"""How many of the longest recent prompts the reserve has room for."""
-
-_RECENT_PROMPTS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,25 +30,6 @@ class GrowthOutlook:
 
     num_promised: int = 0
     each: int = 0
-
-
-def reserve_target(
-    *, num_free: int, num_reserved: int, num_lent: int, longest: int, num_running: int, num_promised: int = 0
-) -> int:
-    """How many blocks should lie in reserve.
-
-    Args:
-        num_free: blocks in vLLM's pool that nobody uses.
-        num_reserved: blocks in reserve now.
-        num_lent: blocks with early KV that no request has taken over yet.
-        longest: blocks of the longest recent prompt.
-        num_running: requests whose next step may want a block each.
-        num_promised: blocks that the running requests are expected to grow by.
-    """
-    if not num_running:
-        return 0
-    available = num_free + num_reserved + num_lent - max(num_running, num_promised)
-    return max(0, min(_PROMPTS_AHEAD * longest, available // _SHARE_OF_FREE - num_lent))
 
 
 class Reserve:
@@ -72,7 +47,7 @@ class Reserve:
         self._lock = threading.Lock()
         self._usable: list[int] = []
         self._ageing: deque[list[int]] = deque([] for _ in range(age))
-        self._recent: deque[int] = deque(maxlen=_RECENT_PROMPTS)
+        self._recent: deque[int] = deque(maxlen=RECENT_PROMPTS)
         self._num_lent = 0
         self._num_roomy = 0
         self._outlook = GrowthOutlook()

@@ -50,8 +50,9 @@ def load_of(workloads: Sequence[Workload]) -> Load:
 def prefill_bound(engine: EngineSpec, load: Load) -> float:
     """Prompts per second that an instance can compute at most: batches are full, and the pipeline has no bubbles."""
     seconds = 0.0
+    limit = engine.batch_tokens if engine.policy == "prefill" else engine.max_num_batched_tokens
     for length in load.prompts:
-        together = max(1, engine.max_num_batched_tokens // length)
+        together = max(1, limit // length)
         seconds += engine.latency.step_s(work_of([(0, length)] * together)) / together
     mean_s = seconds / len(load.prompts)
     return engine.pp / mean_s if mean_s > 0 else float("inf")

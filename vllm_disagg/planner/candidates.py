@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
 from vllm_disagg.core.link import Link
 from vllm_disagg.core.profile import ModelShape, Profile
+from vllm_disagg.core.scheduling.rules import Rules
 from vllm_disagg.errors import ConfigError
 from vllm_disagg.planner.cluster import Cluster, EngineOptions, Pool, critical_length
 from vllm_disagg.sim.system import EngineSpec, Policy, System
@@ -116,15 +117,23 @@ class Resources:
 
     def prefill_engine(self, shape: Shape) -> EngineSpec:
         """An instance that ends requests with their prompt."""
-        if self.options.prefill_policy != "whole":
-            return self._engine(self.prefill.profile, shape, self.options.prefill_policy, self.options.prefill_budget)
-        latency = self.prefill.profile.entry(shape.tp).latency
-        l_m = _critical_length(latency, self.options.l_m_share, longest=self.model.max_model_len)
-        return self._engine(self.prefill.profile, shape, "whole", l_m)
+        profile, options = self.prefill.profile, self.options
+        l_m = options.rules.batch_tokens or _critical_length(
+            profile.entry(shape.tp).latency, options.l_m_share, longest=self.model.max_model_len
+        )
+        match options.scheduling:
+            case "phase":
+                rules = replace(options.rules, batch_tokens=l_m)
+                return self._engine(profile, shape, "prefill", options.prefill_budget, rules)
+            case "distserve":
+                return self._engine(profile, shape, "whole", l_m)
+            case _:
+                return self._engine(profile, shape, "chunked", options.prefill_budget)
 
     def decode_engine(self, shape: Shape) -> EngineSpec:
         """An instance that decodes, and computes a prompt only where its KV was lost."""
-        return self._engine(self.decode.profile, shape, "chunked", max(self.options.chunk_budgets))
+        policy: Policy = "decode" if self.options.scheduling == "phase" else "chunked"
+        return self._engine(self.decode.profile, shape, policy, max(self.options.chunk_budgets), self.options.rules)
 
     def colocated_engine(self, shape: Shape, budget: int) -> EngineSpec:
         """A plain vLLM instance with chunked prefill."""
@@ -152,7 +161,9 @@ class Resources:
             pull_timeout_s=options.pull_timeout_s,
         )
 
-    def _engine(self, profile: Profile, shape: Shape, policy: Policy, budget: int) -> EngineSpec:
+    def _engine(
+        self, profile: Profile, shape: Shape, policy: Policy, budget: int, rules: Rules | None = None
+    ) -> EngineSpec:
         options = self.options
         return EngineSpec(
             latency=profile.entry(shape.tp).latency,
@@ -160,6 +171,7 @@ class Resources:
             block_size=options.block_size,
             pp=shape.pp,
             policy=policy,
+            rules=rules or options.rules,
             max_num_batched_tokens=budget,
             max_num_seqs=options.max_num_seqs,
             step_overhead_s=options.step_overhead_s,

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from vllm_disagg.core.link import LINKS, Link
 from vllm_disagg.core.profile import Profile
 from vllm_disagg.core.scheduling.pace import L_M_SHARE
 from vllm_disagg.core.scheduling.pace import critical_length as critical_length
+from vllm_disagg.core.scheduling.rules import Rules
 from vllm_disagg.errors import ConfigError
-from vllm_disagg.sim.system import FirstToken, Policy
+from vllm_disagg.sim.system import FirstToken
+
+Scheduling = Literal["phase", "vllm", "distserve"]
+"""How instances with a role schedule: `phase` and `vllm` as under `--kv-scheduling`; `distserve` as the paper's engine
+does: prefill packs whole prompts up to L_m as they came, decode does as vLLM."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +57,9 @@ class EngineOptions:
         chunk_budgets: token budgets that colocated instances are tried with.
         l_m_share: prefill packs prompts up to the length at which a device computes this share of the most tokens per
             second that it can; with 0.88 about 500 tokens for OPT-13B on an A100, where DistServe says 512.
-        prefill_policy: how prefill instances form steps: `chunked` with `prefill_budget` tokens, as they do today, or
-            `whole`, which packs prompts up to L_m as DistServe does.
-        prefill_budget: tokens per step of `chunked` prefill instances.
+        scheduling: how instances with a role schedule.
+        rules: of `phase`. Their L_m of 0 stands for the one that `l_m_share` gives.
+        prefill_budget: tokens per step of prefill instances, beyond which vLLM cuts a prompt.
         step_overhead_s, request_overhead_s, hop_s: see `EngineSpec`.
         early_reads, handoff_s, dispatch_s, first_token, hold_cap_s, pull_timeout_s: see `System`.
     """
@@ -62,7 +68,8 @@ class EngineOptions:
     max_num_seqs: int = 1024
     chunk_budgets: tuple[int, ...] = (512, 2048, 8192)
     l_m_share: float = L_M_SHARE
-    prefill_policy: Policy = "chunked"
+    scheduling: Scheduling = "phase"
+    rules: Rules = field(default_factory=Rules)
     prefill_budget: int = 2048
     step_overhead_s: float = 0.0
     request_overhead_s: float = 0.0
@@ -77,6 +84,10 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if not 0 < self.l_m_share < 1:
             raise ConfigError(f"l_m_share must lie between 0 and 1, not {self.l_m_share!r}")
+        if self.scheduling not in get_args(Scheduling):
+            raise ConfigError(
+                f"the scheduling must be one of {', '.join(get_args(Scheduling))}, not {self.scheduling!r}"
+            )
         if not self.chunk_budgets or min(self.chunk_budgets) < 1:
             raise ConfigError(f"colocated instances need token budgets from 1 on, not {self.chunk_budgets!r}")
 

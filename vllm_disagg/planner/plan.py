@@ -13,6 +13,7 @@ from vllm_disagg.core.queueing import crossover_load, inter_op_s, intra_op_s, on
 from vllm_disagg.core.slo import SLO
 from vllm_disagg.errors import ConfigError, NoFeasiblePlacement
 from vllm_disagg.planner.candidates import Candidate, Shape, colocated, segmented
+from vllm_disagg.planner.cluster import Scheduling
 from vllm_disagg.planner.goodput import half_width
 from vllm_disagg.planner.placement import (
     Mapper,
@@ -72,6 +73,7 @@ class Plan:
         slo, goal: the targets.
         source: of the workload.
         kind: how far to trust the profile.
+        scheduling: of instances with a role, as they were simulated.
     """
 
     choice: Choice
@@ -84,6 +86,7 @@ class Plan:
     goal: float
     source: str
     kind: Kind
+    scheduling: Scheduling
 
 
 def make_plan(question: Question, mapper: Mapper = map) -> Plan:
@@ -131,6 +134,7 @@ def make_plan(question: Question, mapper: Mapper = map) -> Plan:
         goal=question.search.goal,
         source=question.workloads[0].source,
         kind=kind,
+        scheduling=question.resources.options.scheduling,
     )
 
 
@@ -146,6 +150,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "slo": {"ttft_s": plan.slo.ttft_s, "tpot_s": plan.slo.tpot_s, "goal": plan.goal},
         "workload": plan.source,
         "profile_kind": plan.kind,
+        "scheduling": plan.scheduling,
         "gain": None if plan.gain is None else {"ratio": plan.gain.ratio, "half_width": _finite(plan.gain.half_width)},
         "ranking": [
             {

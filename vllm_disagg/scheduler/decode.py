@@ -8,22 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_disagg.connector.reserve import GrowthOutlook
 from vllm_disagg.core.latency import work_of
-from vllm_disagg.core.scheduling.growth import OutputLengths, has_room, next_headroom, peak_blocks
-from vllm_disagg.core.scheduling.pace import prompt_tokens_beside
+from vllm_disagg.core.scheduling.growth import (
+    PROMISE_STEPS,
+    OutputLengths,
+    has_room,
+    holding,
+    next_headroom,
+    promised_blocks,
+)
+from vllm_disagg.core.scheduling.pace import FLOOR_TOKENS, prompt_tokens_beside
 from vllm_disagg.core.scheduling.victims import Stream, ahead_s, keep_order
 from vllm_disagg.scheduler.planned import BATCH_TOKENS, PlannedMixin
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-FLOOR_TOKENS = 64
-"""Prompt tokens that a step computes in any case, if some wait."""
-
 FIRST_TOKENS = 256
 """Prompt tokens of a step beside streams, while nothing is known of how long they take."""
-
-PROMISE_STEPS = 8
-"""How often expected growth is reckoned anew while nobody comes or goes."""
 
 WITHOUT_ROOM = "vllm_disagg_sched_without_room_requests"
 WITHOUT_ROOM_TOKENS = "vllm_disagg_sched_without_room_tokens"
@@ -107,6 +108,7 @@ class DecodeMixin(PlannedMixin):
 
     @contextmanager
     def _planned(self) -> Iterator[None]:
+        self._let_early_ones_go_first()
         with super()._planned():
             if not self._fetch_only:
                 yield
@@ -126,6 +128,17 @@ class DecodeMixin(PlannedMixin):
                 self.kv_holding_waiting.clear()
                 self.kv_holding_waiting.extend([*ready, *parked])
                 self.stats.count(FETCHED_AHEAD, len(parked))
+
+    def _let_early_ones_go_first(self) -> None:
+        """Where nobody runs and nobody is parked, the only blocks in use are those with early KV. Whoever is first in
+        line may want more than the others leave, and nobody but they would ever give some back."""
+        if self.running or self.kv_holding_waiting or not self._is_fcfs:
+            return
+        here = [item for item in self.waiting if self.connector.outlook(item) == "here"]
+        if here and len(here) < len(self.waiting):
+            others = [item for item in self.waiting if item not in here]
+            self.waiting.clear()
+            self.waiting.extend([*here, *others])
 
     def _slots_are_taken(self) -> bool:
         taken: int = len(self.running) + self.num_waiting_for_streaming_input
@@ -260,29 +273,25 @@ class DecodeMixin(PlannedMixin):
             holders = [self._holding(item) for item in (*self.running, *self.kv_holding_waiting)]
             expected = self._lengths.remaining(None, quantile=0.5, generated=0, most=self.max_model_len)
             self._outlook_of = number
-            self._outlook = GrowthOutlook(
-                num_promised=peak_blocks(holders) - sum(held for held, _ in holders),
-                each=-(-expected // self.block_size),
-            )
+            self._outlook = GrowthOutlook(num_promised=promised_blocks(holders), each=-(-expected // self.block_size))
         return self._outlook
 
     def _expected(self, request: Request) -> tuple[int, int]:
         """`(held, growth)` of a request that holds nothing yet, as if its prompt were here."""
-        held, growth = self._holding(request)
-        prompt = -(-request.num_tokens // self.block_size)
-        return prompt, max(0, held + growth - prompt)
+        return holding(request.num_tokens, request.num_tokens, self._remaining(request), self.block_size)
 
     def _holding(self, request: Request) -> tuple[int, int]:
         """`(held, growth)`: blocks that a request has, and those that it is expected to take yet."""
-        most = min(request.max_tokens, self.max_model_len - request.num_prompt_tokens)
-        remaining = self._lengths.remaining(
+        return holding(request.num_tokens, request.num_computed_tokens, self._remaining(request), self.block_size)
+
+    def _remaining(self, request: Request) -> int:
+        """Tokens that it is expected to generate yet."""
+        return self._lengths.remaining(
             self._kind(request),
             quantile=self.facts_of(request).quantile,
             generated=request.num_output_tokens,
-            most=most,
+            most=min(request.max_tokens, self.max_model_len - request.num_prompt_tokens),
         )
-        held = -(-request.num_computed_tokens // self.block_size)
-        return held, max(0, -(-(request.num_tokens + remaining) // self.block_size) - held)
 
     def _kind(self, request: Request) -> tuple[object, int]:
         """Requests whose answers are likely to be of one length: one adapter, and a similar `max_tokens`."""

@@ -64,13 +64,17 @@ class PlannedMixin(SafetyMixin):
         self._num_requests = 0
         self.measure = self._begin_measuring()
         self._waits: dict[str, float] = {}
+        self._is_fcfs = self._has_plain_queues()
         self._plans = self.settings.scheduling == "phase" and self._can_plan()
         self._presses_back = self._plans or self.settings.back_pressure
 
-    def _can_plan(self) -> bool:
+    def _has_plain_queues(self) -> bool:
         from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 
-        if isinstance(self.waiting, FCFSRequestQueue) and isinstance(self.kv_holding_waiting, FCFSRequestQueue):
+        return isinstance(self.waiting, FCFSRequestQueue) and isinstance(self.kv_holding_waiting, FCFSRequestQueue)
+
+    def _can_plan(self) -> bool:
+        if self._is_fcfs:
             return True
         logger.warning("plan.off: --scheduling-policy %s orders requests itself", self.policy.value)
         return False

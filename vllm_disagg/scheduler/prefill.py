@@ -6,17 +6,14 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_disagg.core.scheduling.order import Prompt, order
-from vllm_disagg.core.scheduling.packing import even_limit, pack
+from vllm_disagg.core.scheduling.order import Prompt, order, own_s
+from vllm_disagg.core.scheduling.packing import LOOK_AHEAD, even_limit, is_full, pack
 from vllm_disagg.scheduler.planned import BATCH_TOKENS, PlannedMixin
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 PAUSES = "vllm_disagg_sched_admission_pauses_total"
-
-_LOOK_AHEAD = 128
-"""Prompts of the ordered line that a step looks at. With 16 tokens each they would fill the largest usual L_m."""
 
 _TOKENS_PER_S = 10_000.0
 """How fast prompts are computed, as long as nothing is known. Only their order depends on it."""
@@ -39,7 +36,7 @@ class PrefillMixin(PlannedMixin):
         """Nobody is admitted while decode's KV takes up its share of the cache, whoever orders the prompts: prefill's
         memory is the queue in front of decode, and this is where it ends."""
         usable = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
-        paused = bool(self.waiting) and self.connector.num_held_blocks >= self.settings.held_share * usable
+        paused = bool(self.waiting) and is_full(self.connector.num_held_blocks, self.settings.held_share, usable)
         if paused and not self._is_paused:
             self.stats.count(PAUSES)
         self._is_paused = paused
@@ -61,7 +58,7 @@ class PrefillMixin(PlannedMixin):
         others = [item for item in line if item.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED)]
         prompts = [self._prompt(item) for item in ready]
         places = order(prompts, self.settings.prefill_order, now_s=now_s, patience_s=self.settings.patience_s)[
-            :_LOOK_AHEAD
+            :LOOK_AHEAD
         ]
         costs = [self._cost(ready[place]) for place in places]
         under_way = sum(self._rest(item) for item in self.running)
@@ -101,13 +98,12 @@ class PrefillMixin(PlannedMixin):
         )
 
     def _run_s(self, tokens: int) -> float:
-        """How long the device works on a prompt: of what a step costs in any case, it bears its share of L_m."""
+        """How long the device works on a prompt, as far as that is known."""
         latency = self.measure.latency
         if latency is None:
             return tokens / _TOKENS_PER_S
         regime = next(regime for regime in latency.prefill if tokens <= regime.up_to)
-        share = min(1.0, tokens / self.batch_tokens)
-        return share * regime.constant_s + regime.per_token_s * tokens + regime.per_area_s * tokens * tokens
+        return own_s(tokens, self.batch_tokens, regime.constant_s, regime.per_token_s, regime.per_area_s)
 
     def _cost(self, request: Request) -> tuple[int, int]:
         """`(tokens, blocks)`: what it has to compute, and what it takes out of the free blocks.

@@ -57,6 +57,9 @@ def _check_log(system: System, workload: Workload, outcome: Outcome) -> None:
         limit = longest if engine.policy == "whole" else engine.max_num_batched_tokens
         if engine.policy != "prefill_first":
             _require(bool(np.all(own[:, 5] + own[:, 6] <= limit)), "a step over its token budget")
+        if engine.policy == "prefill" and system.phase != "both":
+            packed = max(engine.batch_tokens, min(longest, engine.max_num_batched_tokens))
+            _require(bool(np.all(own[:, 5] + own[:, 6] <= packed)), "more prompts in a step than L_m allows")
     _check_links(system, log[log[:, 0] == TRANSFER])
 
 

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import numpy as np
 
 from vllm_disagg.core.latency import LatencyModel, Regime
-from vllm_disagg.sim import kernel as k
+from vllm_disagg.core.scheduling.order import Policy as Order
+from vllm_disagg.core.scheduling.packing import LOOK_AHEAD
+from vllm_disagg.sim.kernel import state as k
+from vllm_disagg.sim.kernel.run import run
 from vllm_disagg.sim.outcome import LOG_COLUMNS, Outcome
+from vllm_disagg.sim.reference.state import answers_of
 from vllm_disagg.sim.system import System
 from vllm_disagg.sim.workload import Workload
 
-_POLICIES: Final[dict[str, Any]] = {"chunked": k.CHUNKED, "whole": k.WHOLE, "prefill_first": k.PREFILL_FIRST}
+_POLICIES: Final[dict[str, Any]] = {
+    "chunked": k.CHUNKED,
+    "whole": k.WHOLE,
+    "prefill_first": k.PREFILL_FIRST,
+    "prefill": k.OURS_PREFILL,
+    "decode": k.OURS_DECODE,
+}
 _PHASES: Final[dict[str, Any]] = {"both": 0, "prefill": 1, "decode": k.DECODE_ONLY}
 
 
@@ -33,38 +43,30 @@ def _attempt(system: System, workload: Workload, log_rows: int) -> tuple[Outcome
     num_chunks = prefixes.num_chunks if prefixes else 0
     max_stages = max(engine.pp for engine in engines)
     max_seqs = min(num, max(engine.max_num_seqs for engine in engines))
-    R, T = _requests(system, workload)
+    R, T, num_kinds = _requests(system, workload)
     E, F = _engines(system, prefixes.chunk_tokens if prefixes else 0, max_seqs, max_stages)
     S, X = _system(system)
     rows = np.zeros((log_rows, len(LOG_COLUMNS)))
     parts = np.zeros((len(engines), max_stages, max_seqs + 1, 2), dtype=np.int64)
     left = np.full((len(engines), num_chunks + num, 4), k.NONE, dtype=np.int64) if num_chunks else None
     heap = np.zeros((3 * num + (max_stages + 4) * len(engines), 4))
-    k.run(  # type: ignore[no-untyped-call]
-        R,
-        T,
-        E,
-        F,
-        S,
-        X,
-        _latencies(system),
-        parts,
-        prefixes.ids if num_chunks and prefixes else None,
-        left,
-        heap,
-        rows,
-    )
+    W, G, ranks = _memory(system, num, num_kinds)
+    ids = prefixes.ids if num_chunks and prefixes else None
+    run(R, T, E, F, S, X, W, G, _latencies(system), parts, ids, left, ranks, heap, rows)
     logged = int(S[k.LOGGED])
     return _outcome(R, T, S, rows[:logged]), logged
 
 
-def _requests(system: System, workload: Workload) -> tuple[Any, Any]:
+def _requests(system: System, workload: Workload) -> tuple[Any, Any, int]:
     num = len(workload)
     R, T = np.zeros((num, k.NUM_R), dtype=np.int64), np.full((num, k.NUM_T), math.nan)
     R[:, k.PROMPT] = R[:, k.KNOWN] = workload.prompt_tokens
     R[:, k.TOTAL] = workload.prompt_tokens + (1 if system.phase == "prefill" else workload.output_tokens)
-    for column in (k.P, k.D, k.NEXT, k.NEXT_HOLD, k.CACHED):
+    for column in (k.P, k.D, k.NEXT, k.PREVIOUS, k.NEXT_HOLD, k.CACHED):
         R[:, column] = k.NONE
+    most, kinds = answers_of(workload)
+    different, R[:, k.KIND] = np.unique(np.asarray(kinds), return_inverse=True)
+    R[:, k.MOST] = most
     if workload.prefixes is not None:
         R[:, k.FIRST_CHUNK], R[:, k.NUM_CHUNKS] = (
             workload.prefixes.offsets[:-1],
@@ -72,7 +74,7 @@ def _requests(system: System, workload: Workload) -> tuple[Any, Any]:
         )
     T[:, k.ARRIVAL] = workload.arrival_s
     T[:, k.HOLD_UNTIL] = math.inf
-    return R, T
+    return R, T, len(different)
 
 
 def _engines(system: System, chunk_tokens: int, max_seqs: int, max_stages: int) -> tuple[Any, Any]:
@@ -95,23 +97,39 @@ def _engines(system: System, chunk_tokens: int, max_seqs: int, max_stages: int) 
         for column in (
             k.WAITING,
             k.WAITING_LAST,
-            k.FETCHED,
-            k.FETCHED_LAST,
+            k.PARKED,
+            k.PARKED_LAST,
             k.HOLD,
             k.HOLD_LAST,
             k.LEFT_FIRST,
             k.LEFT_LAST,
         ):
             E[i, column] = k.NONE
-        F[i, : k.NUM_F] = engine.step_overhead_s, engine.request_overhead_s, engine.hop_s, math.nan
+        rules = engine.rules
+        E[i, k.ORDER], E[i, k.BATCH_TOKENS] = get_args(Order).index(rules.prefill_order), engine.batch_tokens
+        F[i, : k.NUM_F] = (
+            engine.step_overhead_s, engine.request_overhead_s, engine.hop_s, math.nan, 0.0, rules.held_share,
+            rules.patience_s, rules.slo_ttft_s, rules.slo_tpot_s,
+        )  # fmt: skip
     return E, F
+
+
+def _memory(system: System, num_requests: int, num_kinds: int) -> tuple[Any, Any, Any]:
+    """What engines remember, scratch paper, and more of it where some engine orders prompts by another rule than
+    their arrival."""
+    engines = system.engines
+    windows = 1 + num_kinds if any(engine.policy == "decode" for engine in engines) else 0
+    W = np.zeros((len(engines), k.FIRST_WINDOW + windows * k.WINDOW_SIZE), dtype=np.int64)
+    G = np.zeros((k.NUM_G, max(LOOK_AHEAD, *(engine.num_blocks + 1 for engine in engines))), dtype=np.int64)
+    orders = any(engine.policy == "prefill" and engine.rules.prefill_order != "fcfs" for engine in engines)
+    return W, G, np.zeros((k.NUM_RANKS, num_requests)) if orders else None
 
 
 def _system(system: System) -> tuple[Any, Any]:
     S = np.zeros(k.NUM_S + len(system.engines) + 1, dtype=np.int64)
     X = np.zeros(k.NUM_X + 2 * (max(system.ends) + 1))
     S[k.NUM_PREFILL], S[k.FIRST_FROM_PREFILL] = len(system.prefill), int(system.first_token == "prefill")  # noqa: S105
-    S[k.EARLY] = int(system.early_reads)
+    S[k.READS_EARLY] = int(system.early_reads and len(system.prefill) > 0)
     S[k.MIN_SPLIT], S[k.PHASE], S[k.KV_BYTES] = (
         system.min_split_tokens,
         _PHASES[system.phase],

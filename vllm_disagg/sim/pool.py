@@ -79,6 +79,11 @@ class Pool:
         self.grow(holding, num_tokens)
         return holding
 
+    def set_aside(self, num_blocks: int) -> None:
+        """Take so many free blocks out of use; negative to give some back."""
+        self.free -= num_blocks
+        self._overwrite()
+
     def missing(self, holding: Holding, num_tokens: int) -> int:
         """Blocks that a request lacks for so many tokens; not negative."""
         return max(0, self.blocks(num_tokens) - self.prefix_blocks(holding.num_chunks) - holding.own)

@@ -8,12 +8,17 @@ from typing import Literal, get_args
 
 from vllm_disagg.core.latency import LatencyModel
 from vllm_disagg.core.link import LINKS, Link
+from vllm_disagg.core.scheduling.rules import Rules
 from vllm_disagg.errors import ConfigError
 
-Policy = Literal["chunked", "whole", "prefill_first"]
-"""How an engine forms its steps. `chunked`: vLLM 0.32, running requests first, then waiting ones, prompts cut to what
-the token budget leaves. `whole`: the same, but prompts are packed whole, up to the budget, and a longer one runs alone
-(DistServe's L_m). `prefill_first`: vLLM 0.2, a step of whole prompts if one can be admitted, else a decode step."""
+Policy = Literal["chunked", "whole", "prefill_first", "prefill", "decode"]
+"""How an engine forms its steps.
+
+`chunked`: vLLM 0.32, running requests first, then waiting ones, prompts cut to what the token budget leaves. `whole`:
+the same without chunked prefill: prompts are computed whole, as they came, up to the budget, a longer one alone.
+`prefill_first`: vLLM 0.2, a step of whole prompts if one can be admitted, else a decode step.
+
+`prefill` and `decode`: the schedulers of this project for the two roles (docs/scheduling.md), over vLLM 0.32."""
 
 FirstToken = Literal["decode", "prefill"]
 """Who sends a split request's first token. `decode`: the decode instance recomputes the last prompt token, so that
@@ -34,7 +39,8 @@ class EngineSpec:
         block_size: tokens per KV block.
         pp: pipeline stages, each taking 1/pp of a step's time; up to so many steps are under way at once.
         policy: how it forms steps.
-        max_num_batched_tokens: new tokens per step; L_m for `whole`.
+        rules: of the policies `prefill` and `decode`.
+        max_num_batched_tokens: new tokens per step. Of these, `prefill` fills L_m, which is one of its rules.
         max_num_seqs: running requests.
         prefix_cache: whether shared beginnings are computed once.
         watermark: share of the blocks kept free when a waiting request is admitted beside running ones.
@@ -52,6 +58,7 @@ class EngineSpec:
     block_size: int = 16
     pp: int = 1
     policy: Policy = "chunked"
+    rules: Rules = field(default_factory=Rules)
     max_num_batched_tokens: int = 8192
     max_num_seqs: int = 1024
     prefix_cache: bool = True
@@ -81,6 +88,11 @@ class EngineSpec:
         return self.kv_tokens // self.block_size
 
     @property
+    def batch_tokens(self) -> int:
+        """L_m: prompt tokens of a step of policy `prefill`."""
+        return min(self.max_num_batched_tokens, self.rules.batch_tokens or self.max_num_batched_tokens)
+
+    @property
     def watermark_blocks(self) -> int:
         """Blocks kept free at admission."""
         return int(self.watermark * self.num_blocks)
@@ -102,8 +114,8 @@ class System:
         first_token: who sends it.
         hold_cap_s: how long prefill keeps KV that nobody fetched.
         pull_timeout_s: a transfer that takes longer fails; the decode instance then computes the prompt.
-        early_reads: whether a busy decode instance begins to fetch when a request arrives, into blocks of a reserve, at
-            most a quarter of those that are free. Otherwise, as when it is idle, it does when it next forms a step.
+        early_reads: whether a busy decode instance begins to fetch when a request arrives, into blocks set aside for
+            that (`core/scheduling/reserve.py`). Otherwise, as when it is idle, it does when it next forms a step.
         min_split_tokens: shorter prompts run wholly on a decode instance.
         phase: which part of a request is simulated.
 
@@ -131,6 +143,11 @@ class System:
             raise ConfigError("a system needs at least one decode instance; colocated ones count as such")
         if self.phase != "both" and self.prefill:
             raise ConfigError(f"phase {self.phase!r} is simulated on `decode` instances alone")
+        prompts, others = (self.decode, ()) if self.phase == "prefill" else (self.prefill, self.decode)
+        if any(engine.policy == "prefill" for engine in others):
+            raise ConfigError("policy 'prefill' is one of instances that end requests with their prompt")
+        if any(engine.policy == "decode" for engine in prompts):
+            raise ConfigError("policy 'decode' is one of instances that decode")
         for name in ("handoff_s", "dispatch_s", "min_split_tokens", "kv_bytes_per_token"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ConfigError(f"{name} must be 0 or more, not {getattr(self, name)!r}")

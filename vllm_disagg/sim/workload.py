@@ -52,6 +52,7 @@ class Workload:
         rate: nominal requests per second; what `at_rate` scales by. The realised rate differs by chance.
         source: where it comes from, for reports; says so when it is a surrogate.
         prefixes: shared beginnings; None without any.
+        max_tokens: what each request allows its answer at most; None where nobody says, as for chats.
 
     Raises:
         ConfigError: it has no requests, the arrays disagree, or a value is out of range.
@@ -63,6 +64,7 @@ class Workload:
     rate: float
     source: str
     prefixes: Prefixes | None = field(default=None)
+    max_tokens: Ints | None = field(default=None)
 
     def __post_init__(self) -> None:
         num = len(self.arrival_s)
@@ -76,6 +78,10 @@ class Workload:
             raise ConfigError(f"{self.source}: every prompt and every output needs at least 1 token")
         if not (np.isfinite(self.rate) and self.rate > 0):
             raise ConfigError(f"{self.source}: the rate must be a positive number, not {self.rate!r}")
+        if self.max_tokens is not None and (
+            len(self.max_tokens) != num or np.any(self.max_tokens < self.output_tokens)
+        ):
+            raise ConfigError(f"{self.source}: max_tokens must be given for each request, and not below its output")
         if self.prefixes is not None:
             _check_prefixes(self.prefixes, self.prompt_tokens, self.source)
 
@@ -106,7 +112,8 @@ class Workload:
 
     def with_output(self, tokens: int) -> Workload:
         """The same prompts, each with so many tokens of output."""
-        return replace(self, output_tokens=np.full(len(self), tokens, dtype=np.int64))
+        most = None if self.max_tokens is None else np.maximum(self.max_tokens, tokens)
+        return replace(self, output_tokens=np.full(len(self), tokens, dtype=np.int64), max_tokens=most)
 
     def capped(self, max_model_len: int) -> Workload:
         """Without the requests that no engine of this context length would take."""
@@ -124,6 +131,7 @@ class Workload:
             arrival_s=self.arrival_s[index],
             prompt_tokens=self.prompt_tokens[index],
             output_tokens=self.output_tokens[index],
+            max_tokens=None if self.max_tokens is None else self.max_tokens[index],
             rate=self.rate * share,
             prefixes=None
             if self.prefixes is None

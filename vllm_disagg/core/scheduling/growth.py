@@ -12,16 +12,25 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Final
 
 LEAST_QUANTILE: Final = 0.2
 """Nobody is expected to be among the shortest fifth: a little too much is expected of all."""
 
+WINDOW: Final = 512
+"""Answers of a kind that are remembered."""
+
+ENOUGH: Final = 16
+"""Answers without which nothing is known."""
+
+PRIOR: Final = 256
+"""Tokens that an answer is expected to have before anything is known."""
+
+PROMISE_STEPS: Final = 8
+"""How often `promised_blocks` are reckoned anew while nobody comes or goes."""
+
 _GOLDEN: Final = 0.6180339887498949
-_WINDOW: Final = 512
-_ENOUGH: Final = 16
-_PRIOR: Final = 256
 _MAX_KEYS: Final = 256
 
 
@@ -41,7 +50,7 @@ class OutputLengths:
         prior: tokens that an answer is expected to have before anything is known.
     """
 
-    def __init__(self, *, window: int = _WINDOW, prior: int = _PRIOR) -> None:
+    def __init__(self, *, window: int = WINDOW, prior: int = PRIOR) -> None:
         self._window, self._prior = window, prior
         self._kinds: dict[Hashable, _Window] = {}
         self._all = _Window(window)
@@ -70,17 +79,36 @@ class OutputLengths:
         Returns:
             Between 1 and what `most` leaves; 0 when nothing is left.
         """
-        left = most - generated
-        if left <= 0:
-            return 0
         window = self._kinds.get(kind)
-        if window is None or len(window) < _ENOUGH:
+        if window is None or len(window) < ENOUGH:
             window = self._all
-        if len(window) < _ENOUGH:
-            expected = max(self._prior, 2 * generated)
-        else:
-            expected = window.above(generated, quantile) or generated + max(_ENOUGH, generated // 4)
-        return min(left, max(1, expected - generated))
+        return remaining_of(
+            window.sorted, len(window), window.longer_than(generated), quantile, generated, most, self._prior
+        )
+
+
+def remaining_of(
+    lengths: Sequence[int], count: int, first: int, quantile: float, generated: int, most: int, prior: int
+) -> int:
+    """`OutputLengths.remaining` of one window.
+
+    Args:
+        lengths: past answers, rising.
+        count: how many they are.
+        first: place of the first one that is longer than `generated`.
+        quantile, generated, most: see there.
+        prior: see `OutputLengths`.
+    """
+    if most <= generated:
+        return 0
+    longer = count - first
+    if count < ENOUGH:
+        expected = max(prior, 2 * generated)
+    elif longer < 1:
+        expected = generated + max(ENOUGH, generated // 4)
+    else:
+        expected = lengths[first + min(longer - 1, int(quantile * longer))]
+    return min(most - generated, max(1, expected - generated))
 
 
 class _Window:
@@ -89,41 +117,73 @@ class _Window:
     def __init__(self, size: int) -> None:
         self._size = size
         self._order: deque[int] = deque()
-        self._sorted: list[int] = []
+        self.sorted: list[int] = []
 
     def add(self, length: int) -> None:
         if len(self._order) == self._size:
-            del self._sorted[bisect.bisect_left(self._sorted, self._order.popleft())]
+            del self.sorted[bisect.bisect_left(self.sorted, self._order.popleft())]
         self._order.append(length)
-        bisect.insort(self._sorted, length)
+        bisect.insort(self.sorted, length)
 
-    def above(self, generated: int, quantile: float) -> int | None:
-        """The quantile of the lengths above `generated`; None where too few are."""
-        first = bisect.bisect_right(self._sorted, generated)
-        count = len(self._sorted) - first
-        if count < 1:
-            return None
-        return self._sorted[first + min(count - 1, int(quantile * count))]
+    def longer_than(self, generated: int) -> int:
+        """The place of the first length above `generated`."""
+        return bisect.bisect_right(self.sorted, generated)
 
     def __len__(self) -> int:
-        return len(self._sorted)
+        return len(self.sorted)
+
+
+def holding(num_tokens: int, num_computed: int, remaining: int, block_size: int) -> tuple[int, int]:
+    """`(held, growth)` of a request: blocks that it has, and those that it will still take.
+
+    Args:
+        num_tokens: its prompt and what it has generated.
+        num_computed: of these, tokens whose KV is here. For a request that holds nothing yet, `num_tokens`: as if its
+            prompt were here.
+        remaining: tokens that it will still generate.
+        block_size: tokens per block.
+    """
+    held = -(-num_computed // block_size)
+    return held, max(0, -(-(num_tokens + remaining) // block_size) - held)
 
 
 def peak_blocks(requests: Iterable[tuple[int, int]]) -> int:
     """The most blocks that these requests hold at one time, if each generates a token per step and then leaves.
+
+    Args:
+        requests: `(held, growth)` of each: blocks it holds now, blocks it will still take.
+    """
+    return peak_of(*_by_growth(list(requests)))
+
+
+def peak_of(held: Sequence[int], leaving: Sequence[int], most: int) -> int:
+    """`peak_blocks` of requests that are counted by their growth.
 
     With the requests in falling order of what they still grow, the peak comes at the end of one of them: then it and
     all that outlive it hold what they have now, and have grown by as much as it. The largest of these sums is the peak
     (Past-Future's "future required memory", there in tokens).
 
     Args:
-        requests: `(held, growth)` of each: blocks it holds now, blocks it will still take.
+        held: for each growth from 0 to `most`, what those hold now that will grow by so many blocks.
+        leaving: how many they are.
+        most: the largest growth.
     """
-    peak = held_in_all = 0
-    for count, (growth, held) in enumerate(sorted(((growth, held) for held, growth in requests), reverse=True), 1):
-        held_in_all += held
-        peak = max(peak, held_in_all + count * growth)
+    peak = held_in_all = count = 0
+    for growth in range(most, -1, -1):
+        if leaving[growth] > 0:
+            held_in_all += held[growth]
+            count += leaving[growth]
+            peak = max(peak, held_in_all + count * growth)
     return peak
+
+
+def promised_blocks(requests: Sequence[tuple[int, int]]) -> int:
+    """Blocks by which these requests will have grown together when they hold the most.
+
+    Args:
+        requests: as in `peak_blocks`.
+    """
+    return peak_blocks(requests) - sum(held for held, _ in requests)
 
 
 def has_room(running: Iterable[tuple[int, int]], candidate: tuple[int, int], *, usable_blocks: int) -> bool:
@@ -140,7 +200,16 @@ def has_room(running: Iterable[tuple[int, int]], candidate: tuple[int, int], *, 
     return not others or peak_blocks([*others, candidate]) <= usable_blocks
 
 
-def next_headroom(headroom: float, *, preempted: int) -> float:
+def _by_growth(requests: Sequence[tuple[int, int]]) -> tuple[list[int], list[int], int]:
+    most = max((growth for _, growth in requests), default=0)
+    held, leaving = [0] * (most + 1), [0] * (most + 1)
+    for blocks, growth in requests:
+        held[growth] += blocks
+        leaving[growth] += 1
+    return held, leaving, most
+
+
+def next_headroom(headroom: float, preempted: int) -> float:
     """The share of the usable blocks that admission leaves free beyond what it expects, from one step to the next.
 
     A preemption says that expectations were too low: it adds 2 %, up to 20 %; calm steps take it back slowly, half of
@@ -150,4 +219,4 @@ def next_headroom(headroom: float, *, preempted: int) -> float:
         headroom: until now.
         preempted: requests that gave way in the last step.
     """
-    return min(0.2, headroom + 0.02 * preempted) if preempted else headroom * 0.999
+    return min(0.2, headroom + 0.02 * preempted) if preempted > 0 else headroom * 0.999

@@ -2,7 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Protocol, TypeVar
+
 from vllm_disagg.core.latency import LatencyModel, StepWork, work_of
+
+Model = TypeVar("Model", contravariant=True)
+
+
+class StepTime(Protocol[Model]):
+    """Seconds of a step."""
+
+    def __call__(self, model: Model, tokens: int, area: int, prefills: int, decodes: int, context: int, /) -> float:
+        """See `StepWork`."""
+
+
+class Budget(Protocol[Model]):
+    """See `budget_rule`."""
+
+    def __call__(
+        self, model: Model, num_decodes: int, context: int, target_s: float, computed: int, floor: int, ceiling: int, /
+    ) -> int:
+        """See `prompt_tokens_beside`."""
+
+
+FLOOR_TOKENS = 64
+"""Prompt tokens that a step of a decode instance computes in any case, if some wait."""
 
 L_M_SHARE = 0.88
 """Share of a device's most tokens per second that it reaches with L_m tokens; about 500 tokens for OPT-13B on an A100,
@@ -48,23 +72,54 @@ def prompt_tokens_beside(
     Returns:
         A multiple of 16 between `floor` and `ceiling`, or one of these. Without decoding requests, `ceiling`.
     """
-    if num_decodes <= 0:
-        return ceiling
+    return _beside(latency, num_decodes, decode_context, target_s, computed, floor, ceiling)
 
-    def fits(tokens: int) -> bool:
-        work = StepWork(
+
+def budget_rule(step_s: StepTime[Model]) -> Budget[Model]:
+    """The rule of `prompt_tokens_beside`, over any form of step times.
+
+    Args:
+        step_s: seconds of a step: of a model, and the fields of `StepWork` in their order.
+
+    Returns:
+        The rule, as a function of the model and, in this order: `num_decodes`, `decode_context`, `target_s`,
+        `computed`, `floor`, `ceiling`.
+    """
+
+    def tokens_beside(
+        model: Model, num_decodes: int, decode_context: int, target_s: float, computed: int, floor: int, ceiling: int
+    ) -> int:
+        if num_decodes <= 0 or ceiling <= floor:
+            return ceiling
+        area = ceiling * (ceiling + 2 * computed)
+        if step_s(model, ceiling, area, 1, num_decodes, decode_context) <= target_s:
+            return ceiling
+        low, high = 0, ceiling // QUANTUM  # `low` fits or is 0, what is above `high` does not
+        while low < high:
+            middle = (low + high + 1) // 2
+            tokens = middle * QUANTUM
+            area = tokens * (tokens + 2 * computed)
+            if step_s(model, tokens, area, 1, num_decodes, decode_context) <= target_s:
+                low = middle
+            else:
+                high = middle - 1
+        return max(floor, low * QUANTUM)
+
+    return tokens_beside
+
+
+def _step_s(
+    latency: LatencyModel, tokens: int, area: int, num_prefills: int, num_decodes: int, decode_context: int
+) -> float:
+    return latency.step_s(
+        StepWork(
             prefill_tokens=tokens,
-            prefill_area=tokens * (tokens + 2 * computed),
-            num_prefills=1,
+            prefill_area=area,
+            num_prefills=num_prefills,
             num_decodes=num_decodes,
             decode_context=decode_context,
         )
-        return latency.step_s(work) <= target_s
+    )
 
-    if ceiling <= floor or fits(ceiling):
-        return ceiling
-    low, high = 0, ceiling // QUANTUM  # `low` fits or is 0, what is above `high` does not
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle * QUANTUM) else (low, middle - 1)
-    return max(floor, low * QUANTUM)
+
+_beside = budget_rule(_step_s)

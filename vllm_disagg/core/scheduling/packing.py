@@ -6,11 +6,14 @@ only wait for each other (DistServe, sections 3.1 and 4.3).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass
 
 MAX_PASSES = 8
 """How many steps may pass a first prompt that finds no memory."""
+
+LOOK_AHEAD = 128
+"""Prompts of the ordered line that a step looks at. With 16 tokens each they would fill the largest usual L_m."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +55,39 @@ def pack(
         At most max(`limit_tokens`, tokens of the first one chosen) new tokens in all, at most `free_blocks` blocks, and
         nothing left out that would still fit.
     """
-    if not prompts or limit_tokens <= 0:
-        return Packed(())
-    blocked = prompts[0][1] > free_blocks
-    if blocked and passes >= max_passes:
-        return Packed(())
-    chosen: list[int] = []
+    tokens, blocks = [item[0] for item in prompts], [item[1] for item in prompts]
+    chosen = [0] * len(prompts)
+    count = choose(tokens, blocks, len(prompts), limit_tokens, free_blocks, passes, max_passes, chosen)
+    return Packed(tuple(chosen[:count]), head_passed=count > 0 and blocks[0] > free_blocks)
+
+
+def choose(
+    tokens: Sequence[int], blocks: Sequence[int], num: int, limit_tokens: int, free_blocks: int, passes: int,
+    max_passes: int, chosen: MutableSequence[int],
+) -> int:  # fmt: skip
+    """`pack` over the first `num` entries of two sequences. Writes the places into `chosen`, and returns how many."""
+    if num == 0 or limit_tokens <= 0 or (blocks[0] > free_blocks and passes >= max_passes):
+        return 0
+    count = 0
     tokens_left, blocks_left = limit_tokens, free_blocks
-    for place, (tokens, blocks) in enumerate(prompts):
-        if blocks > blocks_left or (chosen and tokens > tokens_left):
+    for place in range(num):
+        if blocks[place] > blocks_left or (count > 0 and tokens[place] > tokens_left):
             continue
-        chosen.append(place)
-        tokens_left, blocks_left = tokens_left - tokens, blocks_left - blocks
+        chosen[count] = place
+        count += 1
+        tokens_left, blocks_left = tokens_left - tokens[place], blocks_left - blocks[place]
         if tokens_left <= 0:
             break
-    return Packed(tuple(chosen), head_passed=blocked and bool(chosen))
+    return count
 
 
-def even_limit(total_tokens: int, *, limit_tokens: int, stages: int) -> int:
+def is_full(held_blocks: int, held_share: float, num_blocks: int) -> bool:
+    """Whether prefill holds so much for decode that it admits no prompt: its memory is the queue in front of decode,
+    and this is where that ends."""
+    return held_blocks >= held_share * num_blocks
+
+
+def even_limit(total_tokens: int, limit_tokens: int, stages: int) -> int:
     """The limit under which a pipeline's steps are as equal as can be.
 
     A stage waits for the longest step around it. So what waits is cut into as many steps as L_m asks for, but of equal

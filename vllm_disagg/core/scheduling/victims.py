@@ -26,7 +26,7 @@ class Stream:
     priority: int = 0
 
 
-def ahead_s(*, num_tokens: int, tpot_s: float, since_first_s: float) -> float:
+def ahead_s(num_tokens: int, tpot_s: float, since_first_s: float) -> float:
     """How far a stream is ahead of its pace: the time its tokens were due in, less the time they took.
 
     Args:
@@ -44,12 +44,13 @@ def keep_order(streams: Sequence[Stream]) -> list[int]:
     compute again. Stable, so that equals keep their order.
     """
 
-    def rank(place: int) -> tuple[bool, int, float]:
+    def key(place: int) -> tuple[int, int, float]:
         stream = streams[place]
-        return (
-            stream.num_preemptions < MAX_PREEMPTIONS,
-            stream.priority,
-            stream.ahead_s - stream.recompute_s,
-        )
+        return rank(stream.num_preemptions, stream.priority, stream.ahead_s, stream.recompute_s)
 
-    return sorted(range(len(streams)), key=rank)
+    return sorted(range(len(streams)), key=key)
+
+
+def rank(num_preemptions: int, priority: int, ahead_s: float, recompute_s: float) -> tuple[int, int, float]:
+    """Where one stream stands among those that should not give way: smaller is kept longer. See `Stream`."""
+    return (0 if num_preemptions >= MAX_PREEMPTIONS else 1, priority, ahead_s - recompute_s)

@@ -1,0 +1,102 @@
+"""Where everything lies.
+
+A run needs a few arrays only, since every array that is handed to a compiled function costs time: `R` has a row of
+whole numbers per request and `T` a row of times, `E` and `F` the same per engine, `S` and `X` hold what there is once,
+`parts` the steps under way, `ids` and `left` the prefix cache. `W` has a row per engine with what it has seen: recent
+prompts, and the lengths of past answers. `G` is scratch paper. Where no prompt shares its beginning with another, `ids`
+and `left` are None, and where every engine takes prompts as they come so is `ranks`: numba then leaves out what works
+on them, and has less to compile. Names of columns are the constants below.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from vllm_disagg.core.scheduling.growth import WINDOW
+from vllm_disagg.core.scheduling.reserve import RECENT_PROMPTS
+from vllm_disagg.sim import outcome
+from vllm_disagg.sim.reference import state as reference
+
+
+def _numbers(count: int) -> list[np.int64]:
+    """0, 1, 2, ... numba gives each plain number among the globals a type of its own, and compiles every function once
+    for each of those that it is called with; numbers of numpy all have one type."""
+    return [np.int64(number) for number in range(count)]
+
+
+DISPATCH, FINISH, PREEMPTION, STEP, TRANSFER = (
+    np.int64(getattr(outcome, name)) for name in ("DISPATCH", "FINISH", "PREEMPTION", "STEP", "TRANSFER")
+)
+HANDED_OVER, PULLED, QUEUED, STAGE_FREE, STEP_END, WAKE = (
+    np.int64(getattr(reference, name)) for name in ("HANDED_OVER", "PULLED", "QUEUED", "STAGE_FREE", "STEP_END", "WAKE")
+)
+
+# Columns of R, one row per request. Pairs are for the prefill and for the decode instance.
+(
+    KNOWN, COMPUTED, ROOM, ROOM_D, EPOCH, TOTAL, PROMPT, SPLIT, ON_DECODE, REMOTE, PULL_FAILED, OWN, OWN_D,
+    CHUNKS, CHUNKS_D, HELD, HELD_D, P, D, NEXT, PREVIOUS, NEXT_HOLD, CACHED, PREEMPTIONS, REFUSED, FIRST_CHUNK,
+    NUM_CHUNKS, EARLY, PULLING, PASSES, MOST, KIND, LONGER, NUM_R,
+) = _numbers(34)  # fmt: skip
+
+# Columns of T. AHEAD and COST are of the moment in which victims are chosen.
+(
+    ARRIVAL, LAST_TOKEN, HOLD_UNTIL, PREFILL_START, PREFILL_END, TRANSFER_START, TRANSFER_END, DECODE_START,
+    FIRST_DECODE, FIRST_TOKEN, FINISHED, LONGEST_GAP, QUEUED_AT, QUANTILE, AHEAD, COST, NUM_T,
+) = _numbers(17)  # fmt: skip
+
+# Columns of E, one row per engine. From NUM_E on: its running requests.
+(
+    BLOCKS, BLOCK_SIZE, STAGES, POLICY, BUDGET, MAX_SEQS, WATERMARK, CHUNK_TOKENS, SIDE, END,
+    FREE, RUNNING, WAITING, WAITING_LAST, PARKED, PARKED_LAST, NUM_PARKED, STEP_FIRST, STEP_COUNT, HOLD, HOLD_LAST,
+    LOAD_TOKENS, LOAD_REQUESTS, LAST_CHOSEN, LEFT_FIRST, LEFT_LAST, LEFT_BLOCKS, HELD_BLOCKS, NUM_QUEUED, NUM_FORMED,
+    NUM_PREEMPTED, PROMISED, PROMISED_TO, RESERVED, LENT, LONGEST, NUM_RECENT, ORDER, BATCH_TOKENS, NUM_E,
+) = _numbers(40)  # fmt: skip
+
+# Columns of F. From NUM_F on: when each stage is free.
+(
+    STEP_OVERHEAD, REQUEST_OVERHEAD, HOP, WAKE_AT, HEADROOM, HELD_SHARE, PATIENCE, TTFT, TPOT, NUM_F,
+) = _numbers(10)  # fmt: skip
+
+# Places in S. From NUM_S on: the engines that may form a step. TOKENS to CONTEXT are of the step that is being formed,
+# HOLDERS to MOST_GROWTH are of those who hold blocks then, and PACED to FETCH_ONLY are its plan.
+(
+    PUSHED, CHOICES, STEPS, EVENTS, LOGGED, HEAP, DIRTY, NUM_PREFILL, FIRST_FROM_PREFILL, MIN_SPLIT, PHASE, KV_BYTES,
+    READS_EARLY, TOKENS, AREA, PREFILLS, DECODES, CONTEXT, HOLDERS, HOLDERS_HELD, HOLDERS_ALL, MOST_GROWTH, PACED,
+    PROMPT_TOKENS, LOCAL_TOKENS, FETCH_ONLY, NUM_S,
+) = _numbers(27)  # fmt: skip
+
+# Places in X. From NUM_X on: when each link end is free to send, and to receive.
+BANDWIDTH, LATENCY, HANDOFF, DISPATCH_S, HOLD_CAP, PULL_TIMEOUT, NUM_X = _numbers(7)
+
+# Places in a row of W: blocks of recent prompts, then a window of answers for all kinds, and one for each kind. A
+# window has how many answers it holds, where the next one goes, the answers by length, and the answers in their order.
+FIRST_WINDOW = np.int64(RECENT_PROMPTS)
+ANSWERS = np.int64(WINDOW)
+COUNT, FOLLOWING, BY_LENGTH, BY_ORDER, WINDOW_SIZE = (
+    np.int64(number) for number in (0, 1, 2, 2 + WINDOW, 2 + 2 * WINDOW)
+)
+
+# Rows of G: for each growth the blocks held and the requests with it; the first of a line, what they cost, and who is
+# chosen.
+HELD_BY, LEAVING_BY, LINE, TOKENS_OF, BLOCKS_OF, CHOSEN, NUM_G = _numbers(7)
+
+# Rows of `ranks`.
+RUN_S, DEADLINE, KEPT, WHO, NUM_RANKS = _numbers(5)
+
+# The last axis of `left`, one entry per chunk and then one per request: its neighbours in the line of leftovers, its
+# blocks (NONE for one that is not in line), and the references on a chunk (NONE for one that is not cached).
+BEFORE, AFTER, SIZE, REFS = _numbers(4)
+
+CHUNKED, WHOLE, PREFILL_FIRST, OURS_PREFILL, OURS_DECODE = _numbers(5)
+DECODE_ONLY = np.int64(2)
+
+# Columns of a regime in the table of latencies.
+UP_TO, CONSTANT, PER_TOKEN, PER_AREA, PER_PREFILL, PER_DECODE, PER_CONTEXT, NUM_REGIME = _numbers(8)
+
+# The second axis of the table of latencies.
+OF_PREFILL, OF_DECODE, OF_MIXED = _numbers(3)
+
+NONE: Final = np.int64(-1)
+ZERO: Final = np.int64(0)
