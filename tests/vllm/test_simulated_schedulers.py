@@ -66,8 +66,7 @@ def served(case: Case, folder: Path) -> tuple[Floats, Floats, int, System]:
         name="case", what="", requests=lambda _: requests, figures=lambda *_: {}, warm=lambda _: [],
         flags=lambda role, _: [], both_flags=(),
     )  # fmt: skip
-    plain = (*PLAIN, *(("--no-kv-back-pressure",) if case.scheduling == "vllm" else ()))
-    flags = {"prefill": (*plain, *case.prefill), "decode": (*plain, *case.decode)}
+    flags = {"prefill": (*PLAIN, *case.prefill), "decode": (*PLAIN, *case.decode)}
     deployment = Deployment(row, case.scheduling, folder, flags, early=case.early)
     try:
         times = deployment.run(requests, split=case.split)
