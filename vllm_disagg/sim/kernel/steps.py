@@ -95,10 +95,7 @@ def _plan(R, T, E, F, S, W, G, table, ids, left, ranks, i, now_s):
     early = S[READS_EARLY] == 1 and i >= S[NUM_PREFILL]
     if E[i, POLICY] == OURS_DECODE:
         due = early and promise_is_due(E, i)
-        asks = E[i, WAITING]  # whose early KV is on its way asks for nothing
-        while asks != NONE and R[asks, EARLY] == 1 and R[asks, PULLING] == 1:
-            asks = R[asks, NEXT]
-        if due or asks != NONE:
+        if due or E[i, WAITING] != NONE:
             holders_of(R, T, E, S, W, G, i)
         if due:
             promise(E, S, G, i)
