@@ -73,6 +73,7 @@ def question_of(settings: PlanSettings) -> Question:
     lengths = lengths_from(settings.workload)
     if settings.seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, not {settings.seeds}")
+    slo = SLO(ttft_s=settings.slo_ttft_s, tpot_s=settings.slo_tpot_s)
     workloads = tuple(
         make_workload(lengths, num_requests=NUM_REQUESTS, seed=seed, arrivals=Arrivals(cv=settings.cv)).capped(
             profile.model.max_model_len
@@ -100,7 +101,7 @@ def question_of(settings: PlanSettings) -> Question:
             longest_tokens=longest,
         ),
         workloads=workloads,
-        slo=SLO(ttft_s=settings.slo_ttft_s, tpot_s=settings.slo_tpot_s),
+        slo=slo,
         rate=settings.rate,
         search=SearchSettings(goal=settings.goal),
     )
