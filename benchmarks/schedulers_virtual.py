@@ -134,6 +134,7 @@ class Device:
             if not self._is_fetching() or time.monotonic() > deadline_s:
                 return False
             time.sleep(0.0002)
+            self.settle()  # all that was parked together comes together
         return False
 
     def settle(self) -> None:
