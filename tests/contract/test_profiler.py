@@ -85,7 +85,7 @@ def test_what_was_measured_before_the_engine_broke_is_not_lost(tmp_path: Path) -
         measure(engine, out, steps=str(log))
     journal = tmp_path / "profile.json.partial"
     before = journal.read_text().count('"cell"')
-    assert before > 5 and not out.exists()
+    assert before > 2 and not out.exists()
 
     with StepEngine(TRUTH, log=log) as engine:
         lines, said = measure(engine, out, steps=str(log))

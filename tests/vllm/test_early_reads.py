@@ -313,7 +313,7 @@ def test_any_mixture_ends_as_it_began(tmp_path: Path, seed: int) -> None:
 def test_early_kv_does_not_keep_a_longer_prompt_before_it_waiting_for_ever(busy: Busy) -> None:
     """The first in line wants more than the early KV behind it leaves, and nobody else holds any blocks."""
     pool, long, short = busy.decode.pool, prompt(1000, seed=5), prompt(LENGTH, seed=6)
-    in_use = len(busy.decode.blocks_of(busy.stream)) + len(busy.side._reserve)
+    in_use = len(busy.decode.blocks_of(busy.stream)) + len(busy.side._early._reserve)
     taken = pool.get_new_blocks(pool.get_num_free_blocks() + in_use - 35)  # 32 and 4 do not fit together
     first = busy.decode.add(long, busy.prefilled(long), max_tokens=2)
     busy.decode.step()

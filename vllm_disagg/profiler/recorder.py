@@ -23,6 +23,7 @@ from vllm_disagg import __version__
 from vllm_disagg.core.host import cpu_name, num_bound_cores
 from vllm_disagg.core.profile import ModelShape
 from vllm_disagg.errors import ConfigError
+from vllm_disagg.launcher.up import weights_bytes
 from vllm_disagg.profiler.facts import EngineFacts, write_facts
 from vllm_disagg.profiler.steps import STEPS_ENV, RecordedStep
 
@@ -60,8 +61,11 @@ class StepRecording(Executor):
             logger.warning("recorder.no_facts file=%s", log, exc_info=True)
 
     def _weight_bytes(self) -> int:
-        """Of all ranks together."""
-        return sum(self.collective_rpc("apply_model", args=(bytes_of_weights,)))
+        """Of all ranks together. Where layers have packed their weights into a form of their own, as on CPU, these are no
+        parameters any more, and the model's files say how large they are."""
+        model = Path(self.vllm_config.model_config.model)
+        held: int = sum(self.collective_rpc("apply_model", args=(bytes_of_weights,)))
+        return max(held, weights_bytes(model if model.exists() else None))
 
     def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
         """Note what the step computes and when it begins."""
