@@ -61,8 +61,8 @@ class StepRecording(Executor):
             logger.warning("recorder.no_facts file=%s", log, exc_info=True)
 
     def _weight_bytes(self) -> int:
-        """Of all ranks together. Where layers have packed their weights into a form of their own, as on CPU, these are no
-        parameters any more, and the model's files say how large they are."""
+        """Of all ranks together. Where layers have packed their weights into a form of their own, as on CPU, these are
+        no parameters any more, and the model's files say how large they are."""
         model = Path(self.vllm_config.model_config.model)
         held: int = sum(self.collective_rpc("apply_model", args=(bytes_of_weights,)))
         return max(held, weights_bytes(model if model.exists() else None))
