@@ -63,10 +63,14 @@ def tell(out: Path) -> None:
         print(f"{kind}: off by {found[0]:.1%} (median), {found[1]:.1%} (p90)", profile.entry(1).residuals)
 
 
+@pytest.mark.full
 def test_an_interrupted_measurement_goes_on_to_a_whole_profile(tmp_path: Path) -> None:
     out, journal = tmp_path / "profile.json", tmp_path / "profile.json.partial"
     arguments = command(*DEVICE, "--budget-min", "1.2", "--out", str(out))
-    first = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    first = subprocess.Popen(
+        arguments, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     deadline_s = time.monotonic() + LONGEST_S
     while not (journal.exists() and journal.read_text().count("\n") > 12):
         assert first.poll() is None and time.monotonic() < deadline_s, first.stderr and first.stderr.read()
