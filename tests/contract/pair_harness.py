@@ -11,8 +11,8 @@ import msgspec
 import numpy as np
 import pytest
 import zmq
-from control_harness import FINGERPRINT, KEYS, WAIT_S, free_port
 
+from tests.contract.control_harness import FINGERPRINT, KEYS, WAIT_S, free_port
 from vllm_disagg.connector.control_client import DecodeControl
 from vllm_disagg.connector.control_server import PrefillControl
 from vllm_disagg.connector.digests import Digester, host_reader

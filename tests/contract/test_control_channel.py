@@ -10,8 +10,19 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
-from control_harness import BLOCKS, FINGERPRINT, KEYS, STRANGER, WAIT_S, Decode, Prefill, engines, eventually, free_port
 
+from tests.contract.control_harness import (
+    BLOCKS,
+    FINGERPRINT,
+    KEYS,
+    STRANGER,
+    WAIT_S,
+    Decode,
+    Prefill,
+    engines,
+    eventually,
+    free_port,
+)
 from vllm_disagg.connector import messages
 from vllm_disagg.connector.control_server import DRAIN_GRACE_S, PrefillControl
 from vllm_disagg.connector.messages import (

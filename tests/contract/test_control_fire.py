@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from control_fire import (
+
+from tests.contract.control_fire import (
     GREETING_BYTES,
     OPENINGS,
     ZMTP_GREETING,
@@ -18,8 +19,7 @@ from control_fire import (
     send_oversized,
     strangers,
 )
-from control_harness import FINGERPRINT, KEYS, STRANGER, Decode, Prefill, engines, eventually
-
+from tests.contract.control_harness import FINGERPRINT, KEYS, STRANGER, Decode, Prefill, engines, eventually
 from vllm_disagg.connector import messages
 from vllm_disagg.connector.control_server import MAX_REQUEST_BYTES
 from vllm_disagg.connector.messages import Hello, Renew

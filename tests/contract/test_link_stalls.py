@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from control_harness import WAIT_S, eventually
-from pair_harness import Pair, pair
 
+from tests.contract.control_harness import WAIT_S, eventually
+from tests.contract.pair_harness import Pair, pair
 from vllm_disagg.connector.messages import BeginRead
 from vllm_disagg.connector.pull import Settled
 from vllm_disagg.connector.tally import LINK_REBUILDS, LINK_STALLS

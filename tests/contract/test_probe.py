@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
-from control_harness import FINGERPRINT, KEYS, STRANGER, WAIT_S, eventually, free_port
-from pair_harness import KEY, Pair, pair
 
+from tests.contract.control_harness import FINGERPRINT, KEYS, STRANGER, WAIT_S, eventually, free_port
+from tests.contract.pair_harness import KEY, Pair, pair
 from vllm_disagg.connector import messages
 from vllm_disagg.connector.door import door_address
 from vllm_disagg.connector.messages import OpenProbe, ProbeOpened

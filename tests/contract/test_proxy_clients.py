@@ -10,8 +10,8 @@ import socket
 from typing import Any
 
 import pytest
-from proxy_harness import PROMPT, Answer, Proxy, all_idle, one_and_one, proxy, until
 
+from tests.contract.proxy_harness import PROMPT, Answer, Proxy, all_idle, one_and_one, proxy, until
 from vllm_disagg.proxy import server
 from vllm_disagg.testing.fake_engine import FakeEngine, reference
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from proxy_harness import PROMPT, Answer, all_idle, one_and_one, proxy, proxy_of, until
 
+from tests.contract.proxy_harness import PROMPT, Answer, all_idle, one_and_one, proxy, proxy_of, until
 from vllm_disagg.config import ProxySettings
 from vllm_disagg.testing.fake_engine import FakeEngine, reference
 

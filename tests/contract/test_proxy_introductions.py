@@ -6,8 +6,8 @@ import asyncio
 from contextlib import AsyncExitStack
 
 import pytest
-from proxy_harness import one_and_one, proxy, until
 
+from tests.contract.proxy_harness import one_and_one, proxy, until
 from vllm_disagg.testing.fake_engine import FakeEngine
 
 

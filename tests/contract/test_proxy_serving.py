@@ -8,8 +8,8 @@ from typing import Any
 
 import aiohttp
 import pytest
-from proxy_harness import PROMPT, all_idle, one_and_one, proxy, until
 
+from tests.contract.proxy_harness import PROMPT, all_idle, one_and_one, proxy, until
 from vllm_disagg.core.policy import LOCAL_REASONS
 from vllm_disagg.proxy.metrics import METRICS
 from vllm_disagg.testing.fake_engine import FINGERPRINT, FakeEngine, reference, token_ids_of
