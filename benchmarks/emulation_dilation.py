@@ -31,7 +31,7 @@ from vllm_disagg.launcher.plan import FORKED_ENGINE_COMMAND
 from vllm_disagg.profiler.steps import STEPS_ENV, cycles_s, read_steps
 from vllm_disagg.profiles import load_profile
 
-SHAPE = LoadShape(prompt_tokens=(64, 768), output_tokens=(32, 128), token_ids=(300, 2000))
+TOKEN_IDS = (300, 2000)
 REST_S = 1.0
 STOLEN, TRIES = 0.02, 3
 
@@ -71,7 +71,7 @@ def engines(number: int, dilation: float, options: argparse.Namespace, folder: P
             server.start()
         for server in servers:
             server.wait_until_ready()
-        warm = poisson(SHAPE, rate_per_s=4.0, seconds=1.0, seed=(0,))
+        warm = poisson(options.shape, rate_per_s=4.0, seconds=1.0, seed=(0,))
         for server in servers:
             for times in asyncio.run(drive([server.url], warm)):
                 assert not times.error, f"{server.name} does not work: {times.error}"
@@ -80,8 +80,9 @@ def engines(number: int, dilation: float, options: argparse.Namespace, folder: P
 
 def _engine(index: int, dilation: float, options: argparse.Namespace, folder: Path, socket: str) -> EmulatedEngine:
     name, port = f"engine-{index}", free_ports(1)[0]
+    model = options.model or load_profile(options.profile).model.name
     argv = [
-        *FORKED_ENGINE_COMMAND, socket, load_profile(options.profile).model.name, "--emulate", options.profile,
+        *FORKED_ENGINE_COMMAND, socket, model, "--emulate", options.profile,
         "--dilation", str(dilation), "--port", str(port),
         "--host", "127.0.0.1", "--served-model-name", "model", "--no-enable-prefix-caching",
         "--distributed-executor-backend", "vllm_disagg.profiler.emulated.RecordingEmulatedExecutor",
@@ -96,7 +97,7 @@ async def loads(servers: Sequence[EmulatedEngine], dilation: float, options: arg
 
     def stretched(index: int) -> list[Request]:
         seconds = max(options.seconds, options.requests / options.rate / len(servers))
-        requests = poisson(SHAPE, rate_per_s=options.rate, seconds=seconds, seed=(options.seed, index))
+        requests = poisson(options.shape, rate_per_s=options.rate, seconds=seconds, seed=(options.seed, index))
         return [replace(request, at_s=request.at_s * dilation) for request in requests]
 
     answers = await asyncio.gather(*(drive([server.url], stretched(index)) for index, server in enumerate(servers)))
@@ -215,8 +216,8 @@ def report(results: Sequence[Result], options: argparse.Namespace, found: dict[s
         "# Emulated engines side by side, at several dilations\n\n"
         f"{fact_list(found)}\n"
         f"- profile: {options.profile}; load per engine: Poisson, {options.rate:g} requests per second for "
-        f"{options.seconds:g} s or until all engines have {options.requests}, prompts of {SHAPE.prompt_tokens[0]}-"
-        f"{SHAPE.prompt_tokens[1]} tokens, {SHAPE.output_tokens[0]}-{SHAPE.output_tokens[1]} output tokens, seed "
+        f"{options.seconds:g} s or until all engines have {options.requests}, prompts of "
+        f"{_span(options.shape.prompt_tokens)} tokens, {_span(options.shape.output_tokens)} output tokens, seed "
         f"{options.seed}\n\n"
         "Emulated. Times are divided by k; in brackets the difference to the highest k with as many engines. Host per\n"
         "step: what passed from a step's launch to the next one's beyond the device's own time, where the engine had\n"
@@ -235,6 +236,9 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--profile", default="opt-13b-a100-80g", help="of the emulated device (default: %(default)s)")
+    parser.add_argument("--model", help="a model's folder (default: the shape named in the profile)")
+    parser.add_argument("--prompt-tokens", type=_whole, default=(64, 768), help="least and most (default: 64,768)")
+    parser.add_argument("--output-tokens", type=_whole, default=(32, 128), help="least and most (default: 32,128)")
     parser.add_argument("--engines", type=_whole, default=(1, 4, 8), help="side by side (default: 1,4,8)")
     parser.add_argument("--dilations", type=_numbers, default=(1.0, 2.0, 3.0, 10.0), help="default: 1,2,3,10")
     parser.add_argument("--rate", type=float, default=4.0, help="requests per second and engine (default: 4)")
@@ -245,12 +249,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write PATH.md and PATH.json")
     options = parser.parse_args()
     options.cores = tuple(sorted(os.sched_getaffinity(0)))
+    options.shape = LoadShape(
+        prompt_tokens=options.prompt_tokens, output_tokens=options.output_tokens, token_ids=TOKEN_IDS
+    )
     return options
 
 
 def earlier(path: Path) -> list[Result]:
     """What another run has written, with the same loads."""
     return [Result(**result) for result in json.loads(path.read_text())["results"]]
+
+
+def _span(bounds: tuple[int, int]) -> str:
+    return f"{bounds[0]}-{bounds[1]}"
 
 
 def _whole(text: str) -> tuple[int, ...]:
