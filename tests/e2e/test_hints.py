@@ -15,12 +15,13 @@ from tests.e2e.conftest import Pair, emulated_pair
 
 COUNTED = "vllm_disagg_proxy_slo_hints_total"
 OUTSTANDING = "vllm_disagg_proxy_outstanding_tokens"
+RUNNING = "vllm:num_requests_running"
 
 
 @pytest.fixture(scope="module", params=["fcfs", "edf"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    """Prefill computes prompts one by one."""
-    flags = ("--kv-batch-tokens", "16", "--kv-prefill-order", request.param)
+    """Prefill computes prompts one by one, long ones in several steps."""
+    flags = ("--kv-batch-tokens", "16", "--max-num-batched-tokens", "512", "--kv-prefill-order", request.param)
     with emulated_pair(tmp_path_factory.mktemp("hints"), flags) as deployed:
         yield deployed
 
@@ -30,6 +31,14 @@ async def send(pair: Pair, name: str, seed: int, done: list[str], headers: dict[
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120), headers=headers) as http:
         await ask(http, pair.proxy.url, case)
     done.append(name)
+
+
+async def begun(pair: Pair) -> None:
+    """Until prefill has computed the first part of a long prompt."""
+    deadline_s = time.monotonic() + 20
+    while not sum(pair.prefill.metrics(RUNNING).values()):
+        assert time.monotonic() < deadline_s
+        await asyncio.sleep(0.01)  # bounded polling of the engine's metrics
 
 
 async def outstanding(pair: Pair, tokens: int) -> None:
@@ -47,6 +56,7 @@ async def order_of(pair: Pair, asked: dict[str, dict[str, str]], seed: int) -> l
     try:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(send(pair, "first", seed, done, {}, tokens=1500))
+            await begun(pair)
             for number, (name, headers) in enumerate(asked.items()):
                 await outstanding(pair, 1500 + 200 * number)
                 tasks.create_task(send(pair, name, seed + number + 1, done, headers, tokens=200))

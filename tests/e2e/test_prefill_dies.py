@@ -46,6 +46,7 @@ async def splits_again(deployment: Deployment, *, within_s: float) -> None:
         await asyncio.sleep(0.1)  # bounded polling through the proxy
 
 
+@pytest.mark.heavy
 async def test_killed_under_load_and_restarted(deployment: Deployment) -> None:
     asked = requests(20_000)
     expected = await answers(deployment.undivided.url, asked)

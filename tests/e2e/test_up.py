@@ -134,6 +134,7 @@ def test_it_serves_split_requests_and_ctrl_c_leaves_nothing(tmp_path: Path) -> N
         assert_gone(everything, within_s=1)
 
 
+@pytest.mark.full
 def test_an_engines_death_is_reported_and_a_killed_launcher_leaves_nothing(tmp_path: Path) -> None:
     with up(tmp_path) as running:
         running.wait_until(READY_LINE)
@@ -153,6 +154,7 @@ def test_an_engines_death_is_reported_and_a_killed_launcher_leaves_nothing(tmp_p
         assert_gone(everything)
 
 
+@pytest.mark.full
 def test_a_launcher_killed_while_engines_start_leaves_nothing(tmp_path: Path) -> None:
     with up(tmp_path) as running:
         wait_for(lambda: len(running.descendants()) >= 8, START_S)  # engine cores and workers are there
@@ -218,7 +220,7 @@ def test_an_argument_vllm_refuses_is_reported(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("org/model", "--kv-role", "both"), "invalid choice: 'both'"),
-        (("org/model", "--kv-lease-s", "5"), "--kv-lease-s needs --kv-role"),
+        pytest.param(("org/model", "--kv-lease-s", "5"), "--kv-lease-s needs --kv-role", marks=pytest.mark.full),
     ],
 )
 def test_serve_refuses_wrong_flags_in_one_line(arguments: tuple[str, ...], message: str) -> None:

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.full
 def test_a_real_engine_says_what_it_is_and_fills_contexts_where_it_is_asked_to(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.vllm.filled", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "VLLM_CPU_OMP_THREADS_BIND": "0"}
