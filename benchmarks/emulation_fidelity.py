@@ -9,7 +9,8 @@ Profiling and compared loads differ in lengths, arrivals and prompts.
 
 A virtual machine's pace changes within a minute by more than the emulation is wrong. So every compared load is short
 and lies between two profiling loads, whose steps, over what the profile says for them, are the pace that the device is
-said to have meanwhile. The emulated runs come last: they wait, and do not care for memory bandwidth.
+said to have meanwhile; and the profile is fitted to steps from which the drift of the pace was taken. The emulated runs
+come last: they wait, and do not care for memory bandwidth.
 
 The emulated engine runs twice: at that pace, which is measured beside the compared runs and never in them; and at the
 pace that the real device had at each moment of each run, second by second. The second one is no prediction. It shows
@@ -37,7 +38,7 @@ import numpy as np
 
 from benchmarks.load import LoadShape, Request, Times, drive, poisson
 from benchmarks.machine import OtherLoad, Stolen, fact_list, facts, table
-from benchmarks.step_residuals import fit, jitter, residuals
+from benchmarks.step_residuals import fit_through_drift, jitter, residuals
 from tests.e2e.engines import Server
 from vllm_disagg.core.latency import LatencyModel, work_of
 from vllm_disagg.core.profile import ModelShape, ParallelEntry, Profile, profile_document
@@ -364,7 +365,7 @@ def is_undisturbed(run: Run, latency: LatencyModel) -> bool:
 def emulate(measured: Measured, options: argparse.Namespace, folder: Path) -> Result:
     """Fit, and repeat the compared loads on emulated engines."""
     steps = measured.profiling_steps
-    latency = fit(steps)
+    latency = fit_through_drift(measured.profiling)
     profile, noise = profile_of(latency, steps), jitter(latency, steps)
     path = folder / "profile.json"
     path.write_text(json.dumps(profile_document(profile), indent=1))

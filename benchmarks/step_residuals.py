@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ from vllm_disagg.profiler.steps import RecordedStep
 
 Sample = tuple[StepWork, float]
 
+DRIFT_S, ROUNDS = 4.0, 4
+"""A machine's pace is that of the steps up to so many seconds before and after; so often it is taken out of a fit."""
+
 
 def fit(steps: Sequence[RecordedStep]) -> LatencyModel:
     """The latency model of some steps.
@@ -23,6 +27,31 @@ def fit(steps: Sequence[RecordedStep]) -> LatencyModel:
     """
     works = [(work_of(step.requests), step.step_s) for step in steps]
     return fit_latency([Point(work=work, seconds=step_s) for work, step_s in works if work != StepWork()]).latency
+
+
+def fit_through_drift(loads: Sequence[Sequence[RecordedStep]]) -> LatencyModel:
+    """The latency model of the steps of some loads, each step at the pace that the machine has on average.
+
+    Within a load contexts grow and batches shrink, so that a machine that becomes slower or faster meanwhile looks like
+    a cost of contexts. What the steps around each one took, over what the model says for them, is divided out, and the
+    model is fitted again.
+
+    Raises:
+        ConfigError: there are too few steps of a kind.
+    """
+    model = fit([step for load in loads for step in load])
+    for _ in range(ROUNDS):
+        model = fit([step for load in loads for step in _at_mean_pace(load, model)])
+    return model
+
+
+def _at_mean_pace(load: Sequence[RecordedStep], model: LatencyModel) -> list[RecordedStep]:
+    at_s = np.array([step.at_s for step in load])
+    measured = np.cumsum([0.0, *(step.step_s for step in load)])
+    modelled = np.cumsum([0.0, *(model.step_s(work_of(step.requests)) for step in load)])
+    first, last = np.searchsorted(at_s, at_s - DRIFT_S), np.searchsorted(at_s, at_s + DRIFT_S, side="right")
+    pace = (measured[last] - measured[first]) / (modelled[last] - modelled[first])
+    return [replace(step, step_s=step.step_s / float(each)) for step, each in zip(load, pace, strict=True)]
 
 
 def samples_of(steps: Sequence[RecordedStep]) -> dict[Region, list[Sample]]:
