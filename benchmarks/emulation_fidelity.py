@@ -596,7 +596,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=6, help="different loads of each rate (default: 6)")
     parser.add_argument("--repetitions", type=int, default=2, help="of each load on each engine (default: 2)")
     parser.add_argument("--seed", type=int, default=1, help="of the loads (default: 1)")
-    parser.add_argument("--out", type=Path, help="write PATH.md and PATH.json")
+    parser.add_argument("--out", type=Path, help="write PATH.md, PATH.json and PATH.profile.json")
     parser.add_argument("--keep", type=Path, help="folder in which the engines' logs, steps and the profile stay")
     parser.add_argument("--real", type=Path, help="do not measure the real engine, but take a kept real.json")
     options = parser.parse_args()
@@ -631,6 +631,9 @@ def main() -> None:
     if options.out is not None:
         options.out.with_suffix(".md").write_text(text)
         options.out.with_suffix(".json").write_text(json.dumps(document(result, found)) + "\n")
+        options.out.with_suffix(".profile.json").write_text(
+            json.dumps(profile_document(result.profile), indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
