@@ -160,6 +160,16 @@ def test_without_room_it_waits_for_it_like_any_other(idle: Idle) -> None:
     pool.free_blocks(taken)
 
 
+def test_nobody_who_waits_for_a_step_is_passed(idle: Idle) -> None:
+    tokens = prompt(LENGTH, seed=17)
+    params = idle.prefilled(tokens)
+    local = idle.decode.add(prompt(20, seed=18), None, max_tokens=2)
+    request_id = idle.decode.add(tokens, params, max_tokens=2)
+    assert not idle.side._by_request[request_id].early
+    assert list(idle.decode.step().num_scheduled_tokens) == [local]
+    idle.decode.run_until_finished(request_id)
+
+
 def test_while_a_step_is_under_way_nothing_is_taken_from_the_pool(idle: Idle) -> None:
     """It may still write to blocks that were freed meanwhile."""
     tokens = prompt(LENGTH, seed=11)

@@ -276,17 +276,19 @@ class DecodeMixin(PlannedMixin):
         return not self.running and not self.num_steps_under_way and self._is_fcfs and self._is_unpaused()
 
     def _may_be_fetched_at_once(self, request: Request) -> bool:
-        """Of a request that comes to an idle engine: whether it stays, is new, and fits in beside those that wait for
-        their KV, or for the next step with it."""
-        if request.abort_immediately or request.request_id in self.requests:
+        """Of a request that comes to an idle engine: whether it stays, is new, passes nobody who waits for a step, and
+        fits in beside those that wait for their KV."""
+        if getattr(request, "abort_immediately", False) or request.request_id in self.requests:
+            return False
+        early = [self.connector.num_early_blocks(item) for item in self.waiting]
+        if not all(early):
             return False
         if not self._presses_back:
             return True
-        early = [item for item in self.waiting if self.connector.num_early_blocks(item)]
-        holders = [*map(self._holding, self.kv_holding_waiting), *map(self._expected, early)]
-        held = sum(self._holding(item)[0] for item in self.kv_holding_waiting)
-        held += sum(map(self.connector.num_early_blocks, early))
-        usable = held + self.kv_cache_manager.block_pool.get_num_free_blocks()
+        parked = [self._holding(item) for item in self.kv_holding_waiting]
+        holders = [*parked, *map(self._expected, self.waiting)]
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        usable = sum(early) + sum(held for held, _ in parked) + free
         return has_room(holders, self._expected(request), usable_blocks=int(usable * (1 - self._headroom)))
 
     def _growth_outlook(self) -> GrowthOutlook:

@@ -19,7 +19,7 @@ from vllm_disagg.scheduler.safety import SafetyMixin
 
 _MARK = "_vllm_disagg_wakeup"
 
-LONGEST_SLEEP_S: Final = 0.05
+LONGEST_SLEEP_S: Final = 0.25
 """Of an engine whose requests all wait for their KV. It is woken when some has come; this bounds what a lost word
 costs."""
 
