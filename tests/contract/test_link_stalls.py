@@ -98,7 +98,7 @@ class SleepyOwner(LoopbackTransport):
 def test_an_owner_that_sleeps_though_it_is_read_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever became of the order to serve: the reader's word brings it once more. No link is touched."""
     with monkeypatch.context() as patch:
-        patch.setattr("pair_harness.LoopbackTransport", SleepyOwner)
+        patch.setattr("tests.contract.pair_harness.LoopbackTransport", SleepyOwner)
         with pair(pull_timeout_s=PULL_TIMEOUT_S, stall_s=STALL_S) as engines:
             handoff = handed_over(engines)
             owner = engines.owner.transport
