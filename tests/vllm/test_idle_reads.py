@@ -82,6 +82,28 @@ def test_the_first_step_computes_the_last_token(idle: Idle, length: int) -> None
     assert idle.failures() == {}
 
 
+@pytest.mark.parametrize("presses_back", [False, True])
+def test_so_it_is_where_vllm_orders_the_requests(idle: Idle, presses_back: bool) -> None:
+    scheduler = idle.decode.scheduler
+    scheduler._plans, scheduler._presses_back = False, presses_back  # as with --kv-scheduling vllm
+    tokens = prompt(LENGTH, seed=19)
+    request_id = idle.decode.add(tokens, idle.prefilled(tokens), max_tokens=4)
+    idle.until_settled()
+
+    assert idle.decode.step().num_scheduled_tokens[request_id] == 1
+    assert idle.decode.prompt_blocks_are_right(request_id)
+    idle.decode.run_until_finished(request_id)
+
+
+def test_queues_with_an_order_of_their_own_fetch_nothing_at_once(idle: Idle) -> None:
+    """Where an early one cannot be put first, its blocks might keep a longer prompt before it waiting for ever."""
+    idle.decode.scheduler._is_fcfs = False
+    tokens = prompt(LENGTH, seed=20)
+    request_id = idle.decode.add(tokens, idle.prefilled(tokens), max_tokens=4)
+    assert not idle.side._by_request[request_id].early
+    idle.decode.run_until_finished(request_id)
+
+
 def test_the_engine_sleeps_until_the_kv_is_here(idle: Idle) -> None:
     tokens = prompt(LENGTH, seed=2)
     params = idle.prefilled(tokens)
