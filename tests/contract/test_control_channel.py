@@ -26,6 +26,7 @@ from tests.contract.control_harness import (
 from vllm_disagg.connector import messages
 from vllm_disagg.connector.control_server import DRAIN_GRACE_S, PrefillControl
 from vllm_disagg.connector.messages import (
+    BeginRead,
     CancelRead,
     ConnectPeer,
     DisconnectPeer,
@@ -186,6 +187,43 @@ def test_a_client_that_leaves_frees_both_sides(when: str) -> None:
             decode.read_ends(handoff.transfer_id, error="cancelled" if when == "reading" else "")
             decode.report(Drained)
         eventually(lambda: len(prefill.holds) == 0, "release")
+
+
+def read_of(handoff: Handoff) -> BeginRead:
+    return BeginRead(
+        transfer_id=handoff.transfer_id, engine_id=handoff.engine_id, local_blocks=((1, 2),), remote_blocks=BLOCKS
+    )
+
+
+def test_a_read_on_arrival_is_announced_and_expected_with_its_order() -> None:
+    prefill, decode = Prefill(lease_s=1.0), Decode()
+    with engines(decode, prefill):
+        decode.pair_with(prefill.hold())
+        handoff = prefill.hold()
+        decode.control.begin(handoff, read_of(handoff))
+        assert decode.workers[0].wait_for(BeginRead) == read_of(handoff)
+
+        decode.read_ends(handoff.transfer_id)
+
+        assert decode.report(Settled).result == "received"
+        assert handoff.transfer_id not in prefill.holds
+
+
+def test_a_read_on_arrival_of_what_is_held_no_more_is_given_up_at_once() -> None:
+    """Its handoff may have waited on its way."""
+    prefill, decode = Prefill(), Decode()
+    with engines(decode, prefill):
+        decode.pair_with(prefill.hold())
+        handoff = prefill.hold()
+        prefill.holds.forbid(handoff.transfer_id)
+
+        decode.control.begin(handoff, read_of(handoff))
+
+        settled = decode.report(Settled)
+        assert (settled.result, settled.cause, settled.draining) == ("failed", "lease_expired", True)
+        decode.workers[0].wait_for(CancelRead)
+        decode.read_ends(handoff.transfer_id, error="cancelled")
+        decode.report(Drained)
 
 
 def test_engines_that_do_not_fit_refuse_each_other_and_name_the_factor(caplog: pytest.LogCaptureFixture) -> None:

@@ -39,9 +39,10 @@ def handed_over(engines: Pair) -> Handoff:
 def read(engines: Pair, handoff: Handoff) -> None:
     engines.owner.cache[:] = np.resize(np.arange(251, dtype=np.uint8), 4096)
     engines.decode.begin(
+        handoff,
         BeginRead(
             transfer_id=handoff.transfer_id, engine_id=engines.prefill_id, local_blocks=((2, 1),), remote_blocks=BLOCKS
-        )
+        ),
     )
 
 

@@ -16,6 +16,7 @@ from vllm.sampling_params import SamplingParams
 from tests.vllm.emulated import Split, emulated
 from tests.vllm.in_process import BLOCK_SIZE, NUM_HEADS, NUM_LAYERS, Pair, free_port, prompt
 from vllm_disagg.core.handoff import unseal
+from vllm_disagg.core.lifetime import State
 from vllm_disagg.core.verify import chosen
 from vllm_disagg.emulation.settings import FAULTS_ENV
 from vllm_disagg.testing.leaks import assert_no_leaks
@@ -145,7 +146,8 @@ def test_a_client_that_leaves_while_digests_are_made_leaves_nothing(verified: Pa
     for seed in range(10):
         tokens = prompt(300, seed=seed)
         request_id = verified.decode.add(tokens, verified.prefilled(tokens), max_tokens=9)
-        verified.decode.run_until(lambda request_id=request_id: verified.decode.parked(request_id), "parking")
+        fetch = verified.decode.scheduler.connector._decode._by_request[request_id]
+        verified.decode.run_until(lambda fetch=fetch: fetch.state is State.RECEIVING, "the read")
         verified.decode.abort(request_id)
 
     verified.settle()

@@ -166,9 +166,9 @@ class DecodeControl:
         """How many reports a probe brings."""
         return len(self._links)
 
-    def begin(self, read: BeginRead, *, first_block: int = 0) -> None:
-        """Have the workers begin this read at once; else like `expect`."""
-        self._orders.put(functools.partial(self._begun, read, first_block))
+    def begin(self, handoff: Handoff, read: BeginRead, *, first_block: int = 0) -> None:
+        """`announce` and `expect` in one, and the workers begin this read at once."""
+        self._orders.put(functools.partial(self._begun, handoff, read, first_block))
 
     def cancel(self, transfer_id: TransferId) -> None:
         """The client of an expected pull has left. Its `Settled` comes at once."""
@@ -214,6 +214,10 @@ class DecodeControl:
         self._stopping = True
 
     def _announced(self, handoff: Handoff) -> None:
+        self._follow(handoff)
+        self._renew(time.monotonic())  # it may have waited on its way here
+
+    def _follow(self, handoff: Handoff) -> None:
         now_s = time.monotonic()
         peer = self.peers.get(handoff.engine_id)
         if peer is not None:  # before `readiness` can see that it was announced
@@ -227,7 +231,6 @@ class DecodeControl:
             renew_interval_s=handoff.lease_s * RENEWALS_PER_LEASE,
         )
         self.peers.pair(handoff.engine_id, handoff.control)
-        self._renew(now_s)  # it may have waited on its way here
 
     def _begin_probe(self, order: RunProbe, on_ended: Callable[[int, WorkerReport], None]) -> None:
         self._on_probed = on_ended
@@ -244,9 +247,11 @@ class DecodeControl:
         if pull.error:
             self._give_up(transfer_id, "failed", pull.error)
 
-    def _begun(self, read: BeginRead, first_block: int) -> None:
+    def _begun(self, handoff: Handoff, read: BeginRead, first_block: int) -> None:
+        self._follow(handoff)
         self._expected(read.transfer_id, first_block)
         self._tell_workers(read)
+        self._renew(time.monotonic())  # after the order to read, which does not wait for it
 
     def _forgotten(self, transfer_id: TransferId) -> None:
         pull = self._pulls.pop(transfer_id, None)

@@ -1,9 +1,8 @@
 """The scheduler half on a decode instance: which requests wait for KV, into which blocks it comes, and what became
 of it. One owner for every parked request: it is reported to vLLM exactly once.
 
-There are two ways for KV to come in. A request that finds the engine busy is fetched on arrival, into blocks of the
-reserve, which become its own when vLLM's scheduler first looks at it (`early`). Any other is given blocks first, and
-waits for its KV parked.
+There are two ways for KV to come in. A request is fetched on arrival where that can be, into blocks that become its own
+when vLLM's scheduler first looks at it (`early`). Any other is given blocks first, and waits for its KV parked.
 """
 
 from __future__ import annotations
@@ -103,6 +102,11 @@ class DecodeSide:
         """The request has come in while a step is running. On any thread, before vLLM's main thread hears of it."""
         self._early.on_arrival(request)
 
+    def on_idle_arrival(self, request: Request) -> None:
+        """The request has come to an engine that computes nothing and has room for it. On vLLM's main thread, before
+        `on_new_request`."""
+        self._early.on_idle_arrival(request)
+
     def on_new_request(self, request: Request) -> None:
         """Check the handoff and get ready to fetch. Whatever is wrong with it costs a local prefill, nothing else."""
         params = kv_params(request)
@@ -127,6 +131,11 @@ class DecodeSide:
             request_id=request.request_id, handoff=handoff, state=self._lives.begin("accepted"), announced_s=now_s
         )
         self._control.announce(handoff)
+
+    def awaits_early(self, request: Request) -> bool:
+        """Whether its KV is on its way already, and whoever sleeps is woken when it has come."""
+        fetch = self._by_request.get(request.request_id)
+        return fetch is not None and fetch.early and fetch.settled is None
 
     def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How many prompt tokens can be fetched beyond the local prefix hit. No side effects; asked every step.

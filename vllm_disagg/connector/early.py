@@ -1,5 +1,5 @@
-"""Early fetches: KV that comes while its request still waits for the running step to end, into blocks of the reserve,
-which become the request's own when vLLM's scheduler first looks at it."""
+"""Early fetches: KV that comes before vLLM's scheduler has looked at its request, into blocks that become the request's
+own when it does. While a step runs they are taken out of the reserve; on an idle engine, straight from vLLM's pool."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from vllm_disagg.errors import InvalidHandoff
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,15 @@ class EarlyFetches:
     def on_arrival(self, request: Request) -> None:
         """The request has come in while a step is running: begin to fetch if there is room. What is wrong with its
         handoff is told when vLLM's main thread hears of it."""
+        self._fetch(request, idle=False)
+
+    def on_idle_arrival(self, request: Request) -> None:
+        """The same of a request that vLLM's main thread is about to hear of, while no step is under way and there is
+        room for it."""
+        if request.request_id not in self._arrived:
+            self._fetch(request, idle=True)
+
+    def _fetch(self, request: Request, *, idle: bool) -> None:
         params = kv_params(request)
         if self._reserve is None or not params.get("do_remote_prefill"):
             return
@@ -57,14 +67,19 @@ class EarlyFetches:
             handoff = self._handoffs.checked(request, params.get("handoff"))
         except InvalidHandoff:
             return
-        first = self._num_cached_blocks(request)
+        cached = self._cached_blocks(request)
+        first = len(cached)
         if handoff.num_tokens - first * self._block_size <= 1:
             return
         remote = handoff.block_ids[0][first:]
-        self._reserve.expect(len(remote))
+        if not idle:
+            self._reserve.expect(len(remote))
         if self._control.readiness(handoff)[0] != "ready":
             return
-        blocks = self._reserve.take(len(remote), most_growth=-(-request.max_tokens // self._block_size))
+        if idle:
+            blocks = self._reserve.take_free(len(remote), keep=cached)
+        else:
+            blocks = self._reserve.take(len(remote), most_growth=-(-request.max_tokens // self._block_size))
         if not blocks:
             return
         if not self._handoffs.use(handoff):
@@ -81,17 +96,14 @@ class EarlyFetches:
             first=first,
             parked_s=now_s,
         )
-        self._control.announce(handoff)
-        self._control.begin(
-            BeginRead(
-                transfer_id=handoff.transfer_id,
-                engine_id=handoff.engine_id,
-                local_blocks=(blocks,),
-                remote_blocks=(remote,),
-                verify=self._handoffs.to_verify(handoff, (blocks,), first),
-            ),
-            first_block=first,
+        read = BeginRead(
+            transfer_id=handoff.transfer_id,
+            engine_id=handoff.engine_id,
+            local_blocks=(blocks,),
+            remote_blocks=(remote,),
+            verify=self._handoffs.to_verify(handoff, (blocks,), first),
         )
+        self._control.begin(handoff, read, first_block=first)
 
     def take_arrived(self) -> list[Fetch]:
         """Those that began since the last call."""
@@ -162,17 +174,18 @@ class EarlyFetches:
         if self._reserve is not None:
             self._reserve.step(num_running=num_running, outlook=outlook, num_early=num_early)
 
-    def _num_cached_blocks(self, request: Request) -> int:
-        """How many of the prompt's first blocks vLLM's prefix cache holds now. Only a guess: it may change."""
+    def _cached_blocks(self, request: Request) -> list[KVCacheBlock]:
+        """The prompt's first blocks, as far as vLLM's prefix cache holds them now. Only a guess: it may change."""
         if self._pool is None or not self._pool.enable_caching or request.skip_reading_prefix_cache:
-            return 0
+            return []
         most = (request.num_prompt_tokens - 1) // self._block_size
-        number = 0
-        while number < min(most, len(request.block_hashes)):
-            if self._pool.get_cached_block(request.block_hashes[number], [0]) is None:
+        cached: list[KVCacheBlock] = []
+        for block_hash in request.block_hashes[:most]:
+            found = self._pool.get_cached_block(block_hash, [0])
+            if found is None:
                 break
-            number += 1
-        return number
+            cached.append(found[0])
+        return cached
 
 
 def free_blocks(pool: BlockPool, blocks: BlockIds) -> None:

@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_disagg.config import EngineSettings
-from vllm_disagg.connector import support
+from vllm_disagg.connector import calm, support
 from vllm_disagg.connector.control_client import DecodeControl
 from vllm_disagg.connector.control_server import PrefillControl
 from vllm_disagg.connector.decode_side import DecodeSide, Outlook, ReceiveReport
@@ -79,6 +79,8 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: WorkerSide | None = None
         self.scheduler_stats = TransferStats()
         support.check_supported(vllm_config, kv_cache_config)
+        if support.steps_are_synchronous():
+            calm.install()
         if role == KVConnectorRole.WORKER:
             self._worker = WorkerSide(
                 settings=self.settings,
@@ -252,6 +254,15 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
         """A request has come in, and waits for the running step to end. On vLLM's input thread."""
         if self._decode is not None:
             self._decode.on_arrival(request)
+
+    def on_idle_arrival(self, request: Request) -> None:
+        """See `DecodeSide.on_idle_arrival`."""
+        if self._decode is not None:
+            self._decode.on_idle_arrival(request)
+
+    def awaits_early(self, request: Request) -> bool:
+        """See `DecodeSide.awaits_early`."""
+        return self._decode is not None and self._decode.awaits_early(request)
 
     def lend(self, request: Request, num_local_tokens: int) -> bool:
         """See `DecodeSide.lend`."""

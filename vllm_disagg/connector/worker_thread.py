@@ -46,7 +46,7 @@ from vllm_disagg.core.types import EngineId, TransferId
 from vllm_disagg.core.verify import DigestJob, HeadSums
 from vllm_disagg.errors import IncompatiblePeer, TransportError
 from vllm_disagg.transport.base import Copy, Outcome, PeerName, TransferHandle, Transport
-from vllm_disagg.transport.layout import RankLayout, Routes, plan_reads, plan_routes
+from vllm_disagg.transport.layout import RankLayout, ReadPlan, plan_routes
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class _Source:
     """One rank of a prefill engine, and what we read of it."""
 
     name: PeerName
-    routes: Routes
+    plan: ReadPlan
     index: int
     rank: RankInfo
 
@@ -266,7 +266,7 @@ class WorkerThread:
             routes = plan_routes(self._layout, [rank.layout for rank in message.ranks], spread=self._spread)
             for index, wanted in routes.items():
                 rank = message.ranks[index]
-                sources.append(_Source(self._transport.connect(rank.descriptor), wanted, index, rank))
+                sources.append(_Source(self._transport.connect(rank.descriptor), ReadPlan(wanted), index, rank))
         except Exception as failure:  # whatever a peer's descriptor does to the library, the peer is refused
             error, misfit = str(failure) or type(failure).__name__, isinstance(failure, IncompatiblePeer)
             self._disconnect(sources)
@@ -359,7 +359,7 @@ class WorkerThread:
         sources = self._sources.get(job.engine_id)
         if sources is None:
             raise TransportError("the prefill engine is not connected")
-        planned = [(source, plan_reads(source.routes, job.local_blocks, job.remote_blocks)) for source in sources]
+        planned = [(source, source.plan.copies(job.local_blocks, job.remote_blocks)) for source in sources]
         return [(source, copies) for source, copies in planned if copies]
 
     def _cancel(self, pull: _Pull) -> None:

@@ -60,6 +60,12 @@ class DecodeMixin(PlannedMixin):
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate
 
+    def add_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """On an idle engine the request's KV is fetched at once: there is nothing that a step could do before."""
+        if self._is_idle() and self._may_be_fetched_at_once(request):
+            self.connector.on_idle_arrival(request)
+        super().add_request(request, *args, **kwargs)
+
     def hold_back(self, now_s: float) -> bool:
         """Look at what the last step has left without room. Requests are held back one by one (`_allocate`)."""
         self._headroom = next_headroom(self._headroom, preempted=self._num_preempted)
@@ -263,6 +269,27 @@ class DecodeMixin(PlannedMixin):
         room = int(usable * (1 - self._headroom))
         self._short_of_room = not has_room(holders, self._expected(request), usable_blocks=room)
         return not self._short_of_room
+
+    def _is_idle(self) -> bool:
+        """Whether nobody runs, and nothing is being computed. Whoever is fetched then goes first
+        (`_let_early_ones_go_first`), which only plain queues allow."""
+        return not self.running and not self.num_steps_under_way and self._is_fcfs and self._is_unpaused()
+
+    def _may_be_fetched_at_once(self, request: Request) -> bool:
+        """Of a request that comes to an idle engine: whether it stays, is new, passes nobody who waits for a step, and
+        fits in beside those that wait for their KV."""
+        if getattr(request, "abort_immediately", False) or request.request_id in self.requests:
+            return False
+        early = [self.connector.num_early_blocks(item) for item in self.waiting]
+        if not all(early):
+            return False
+        if not self._presses_back:
+            return True
+        parked = [self._holding(item) for item in self.kv_holding_waiting]
+        holders = [*parked, *map(self._expected, self.waiting)]
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        usable = sum(early) + sum(held for held, _ in parked) + free
+        return has_room(holders, self._expected(request), usable_blocks=int(usable * (1 - self._headroom)))
 
     def _growth_outlook(self) -> GrowthOutlook:
         """For early reads, which begin before anybody is asked for blocks."""

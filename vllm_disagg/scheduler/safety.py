@@ -33,6 +33,8 @@ class SafetyMixin(_Base):
         if not self.recompute_kv_load_failures:
             raise ConfigError("kv_load_failure_policy must be recompute: a failed KV transfer is computed again here")
         self.num_unknown_transfers = 0
+        self.num_steps_under_way = 0
+        """Steps that were scheduled and have not ended: more than one where they are scheduled ahead."""
 
     def add_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Malformed KV parameters cost their request the split; in stock vLLM some of them end the engine."""
@@ -47,13 +49,19 @@ class SafetyMixin(_Base):
         self._apply(self.connector.begin_step(num_running=len(self.running), outlook=self._growth_outlook()))
         with self._planned():
             output = super().schedule(*args, **kwargs)
+        self.num_steps_under_way += 1
         self._after(output)
         return output
 
+    def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """A step is over."""
+        self.num_steps_under_way -= 1
+        return super().update_from_output(scheduler_output, *args, **kwargs)
+
     @property
     def only_awaits_kv(self) -> bool:
-        """Whether a step could do nothing yet: there are requests, and each is parked until its KV has come, or has
-        ended while it was. The connector wakes the engine when there is something to do."""
+        """Whether a step could do nothing yet: there are requests, and each waits until its KV has come, parked or not,
+        or has ended while it was parked. The connector wakes the engine when there is something to do."""
         from vllm.v1.request import RequestStatus
 
         if self.running or self.finished_req_ids or self.finished_recving_kv_req_ids or not self.requests:
@@ -61,7 +69,9 @@ class SafetyMixin(_Base):
         if self.connector.has_pending_push_work():
             return False
         return all(
-            request.status == RequestStatus.WAITING_FOR_REMOTE_KVS or RequestStatus.is_finished(request.status)
+            request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+            or RequestStatus.is_finished(request.status)
+            or (request.status == RequestStatus.WAITING and self.connector.awaits_early(request))
             for request in self.requests.values()
         )
 

@@ -3,7 +3,7 @@
 vLLM's engine loop blocks on its input queue when no request wants a step, and has no way for a connector to end that
 sleep. The queue does know a harmless item, which vLLM uses for its own shutdown; this module learns the queue by
 wrapping the method that reads it. Without it the engine polls a thousand times a second while blocks are held, or while
-requests are parked until their KV has come: each of these polls is a whole step, for which workers wake too, beside a
+requests wait until their KV has come: each of these polls is a whole step, for which workers wake too, beside a
 thread that is reading the KV. Recorded in `patches/README.md`.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import queue
+import time
 from typing import Any, Final
 
 from vllm_disagg.connector import DisaggConnector
@@ -18,8 +19,9 @@ from vllm_disagg.scheduler.safety import SafetyMixin
 
 _MARK = "_vllm_disagg_wakeup"
 
-LONGEST_SLEEP_S: Final = 0.05
-"""Of an engine with parked requests. It is woken when their KV has come; this bounds what a lost word costs."""
+LONGEST_SLEEP_S: Final = 0.25
+"""Of an engine whose requests all wait for their KV. It is woken when some has come; this bounds what a lost word
+costs."""
 
 
 def install() -> None:
@@ -39,18 +41,21 @@ def install() -> None:
             if isinstance(connector, DisaggConnector):
                 put = self.input_queue.put_nowait
                 connector.on_wake(lambda: put((EngineCoreRequestType.WAKEUP, None)))
-        if isinstance(self.scheduler, SafetyMixin) and self.scheduler.only_awaits_kv and not self.batch_queue:
-            _sleep(self)
-        return original(self)
+        result = original(self)
+        if isinstance(self.scheduler, SafetyMixin):
+            _await_kv(self)
+        return result
 
     setattr(process_input_queue, _MARK, True)
     EngineCoreProc._process_input_queue = process_input_queue
 
 
-def _sleep(engine: Any) -> None:
-    """Until something comes in, a wake-up among others, and hand it on as vLLM would."""
-    try:
-        item = engine.input_queue.get(timeout=LONGEST_SLEEP_S)
-    except queue.Empty:
-        return
-    engine._handle_client_request(*item)
+def _await_kv(engine: Any) -> None:
+    """Sleep while a step could do nothing yet, and hand on what comes in, as vLLM would."""
+    until_s = time.monotonic() + LONGEST_SLEEP_S
+    while engine.scheduler.only_awaits_kv and not engine.batch_queue:
+        try:
+            item = engine.input_queue.get(timeout=max(0.0, until_s - time.monotonic()))
+        except queue.Empty:
+            return
+        engine._handle_client_request(*item)

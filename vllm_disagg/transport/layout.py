@@ -115,28 +115,41 @@ def plan_routes(local: RankLayout, remotes: Sequence[RankLayout], *, spread: int
     return {index: tuple(tuple(group) for group in found[index]) for index in sorted(found)}
 
 
-def plan_reads(routes: Routes, local_blocks: BlockIds, remote_blocks: BlockIds) -> CopyTable:
-    """The copies that fill `local_blocks` from `remote_blocks` of one remote rank, pairwise within each group.
-
-    Neighbouring blocks that follow each other on both sides become one copy where they are read whole. The copies are
-    in the order of our memory, so that all that follow each other on both sides, heads and layers too, are neighbours,
-    and the transport can join them wherever one region holds both. Placeholder blocks are left out.
+class ReadPlan:
+    """What does not change between reads from one remote rank, worked out once.
 
     Args:
         routes: from that rank, by `plan_routes`.
-        local_blocks: our block numbers, one tuple per group.
-        remote_blocks: the peer's, as many in each group.
-
-    Raises:
-        ValueError: the block lists do not pair up, or a block number is outside its cache.
     """
-    parts: list[NDArray[np.int64]] = []
-    for group, mine, other in zip(routes, local_blocks, remote_blocks, strict=True):
-        pairs = _pairs(mine, other)
-        for route in group:
-            parts.append(_copies(route, *pairs))
-    table = np.concatenate(parts) if parts else np.empty((0, 3), np.int64)
-    return CopyTable(table[np.argsort(table[:, 0], kind="stable")])
+
+    def __init__(self, routes: Routes) -> None:
+        self._groups = [_strips(group) for group in routes]
+
+    def copies(self, local_blocks: BlockIds, remote_blocks: BlockIds) -> CopyTable:
+        """The copies that fill `local_blocks` from `remote_blocks`, pairwise within each group.
+
+        Neighbouring blocks that follow each other on both sides become one copy where they are read whole. The copies
+        are in the order of our memory, so that all that follow each other on both sides, heads and layers too, are
+        neighbours, and the transport can join them wherever one region holds both. Placeholder blocks are left out.
+
+        Args:
+            local_blocks: our block numbers, one tuple per group.
+            remote_blocks: the peer's, as many in each group.
+
+        Raises:
+            ValueError: the block lists do not pair up, or a block number is outside its cache.
+        """
+        parts: list[NDArray[np.int64]] = []
+        for group, mine, other in zip(self._groups, local_blocks, remote_blocks, strict=True):
+            pairs = _pairs(mine, other)
+            parts.extend(strip.copies(*pairs) for strip in group)
+        table = np.concatenate(parts) if parts else np.empty((0, 3), np.int64)
+        return CopyTable(table[np.argsort(table[:, 0], kind="stable")])
+
+
+def plan_reads(routes: Routes, local_blocks: BlockIds, remote_blocks: BlockIds) -> CopyTable:
+    """`ReadPlan.copies` of a plan that is used once."""
+    return ReadPlan(routes).copies(local_blocks, remote_blocks)
 
 
 def describe_heads(layouts: Iterable[RankLayout]) -> list[list[object]]:
@@ -255,20 +268,77 @@ def _pairs(mine: Sequence[int], other: Sequence[int]) -> tuple[Blocks, Blocks]:
     return near[real], far[real]
 
 
-def _copies(route: Route, mine: Blocks, other: Blocks) -> NDArray[np.int64]:
-    """Rows of `(local, remote, num_bytes)`."""
-    near, far = route.local, route.remote
-    outside = (np.minimum(mine, other) < 0) | (mine >= near.num_blocks) | (other >= far.num_blocks)
-    if outside.any():
-        at = int(np.flatnonzero(outside)[0])
-        raise ValueError(f"blocks {mine[at]} and {other[at]} lie outside the caches")
-    pieces = np.array(route.pieces, np.int64)
-    counts = np.ones(len(mine), np.int64)
-    if len(mine) and (pieces[:, 2] == near.block_stride).all() and near.block_stride == far.block_stride:
-        first = np.flatnonzero(np.concatenate(([True], (np.diff(mine) != 1) | (np.diff(other) != 1))))
-        counts = np.diff(np.append(first, len(mine)))
-        mine, other = mine[first], other[first]
-    here = near.address + mine[:, None] * near.block_stride + pieces[:, 0]
-    there = far.address + other[:, None] * far.block_stride + pieces[:, 1]
-    sizes = counts[:, None] * pieces[:, 2]
-    return np.stack((here.ravel(), there.ravel(), sizes.ravel()), axis=1)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Strips:
+    """Pieces of one KV cache group, layer by layer, as arrays with a place for each: where it lies in block 0 on both
+    sides, the bytes from block to block, and its length.
+
+    Attributes:
+        joins: whether each is a whole block on both sides, so that neighbouring blocks are one piece.
+        num_local, num_remote: blocks that all of the caches have.
+    """
+
+    local: Blocks
+    remote: Blocks
+    local_stride: Blocks
+    remote_stride: Blocks
+    num_bytes: Blocks
+    joins: bool
+    num_local: int
+    num_remote: int
+
+    def copies(self, mine: Blocks, other: Blocks) -> NDArray[np.int64]:
+        """Rows of `(local, remote, num_bytes)`."""
+        outside = (np.minimum(mine, other) < 0) | (mine >= self.num_local) | (other >= self.num_remote)
+        if outside.any():
+            at = int(np.flatnonzero(outside)[0])
+            raise ValueError(f"blocks {mine[at]} and {other[at]} lie outside the caches")
+        counts = np.ones(len(mine), np.int64)
+        if self.joins and len(mine):
+            first = np.flatnonzero(np.concatenate(([True], (np.diff(mine) != 1) | (np.diff(other) != 1))))
+            counts = np.diff(np.append(first, len(mine)))
+            mine, other = mine[first], other[first]
+        table = np.empty((len(self.local), len(mine), 3), np.int64)
+        table[:, :, 0] = self.local[:, None] + self.local_stride[:, None] * mine
+        table[:, :, 1] = self.remote[:, None] + self.remote_stride[:, None] * other
+        table[:, :, 2] = self.num_bytes[:, None] * counts
+        return table.reshape(-1, 3)
+
+
+def _strips(group: Sequence[Route]) -> list[_Strips]:
+    """The pieces of a group: those that are whole blocks, and the others."""
+    found: list[_Strips] = []
+    for joins in (True, False):
+        routes = [route for route in group if _reads_whole_blocks(route) is joins]
+        if not routes:
+            continue
+        rows = [
+            (
+                route.local.address + local,
+                route.remote.address + remote,
+                route.local.block_stride,
+                route.remote.block_stride,
+                num_bytes,
+            )
+            for route in routes
+            for local, remote, num_bytes in route.pieces
+        ]
+        columns = np.array(rows, np.int64).reshape(-1, 5).T
+        found.append(
+            _Strips(
+                local=columns[0],
+                remote=columns[1],
+                local_stride=columns[2],
+                remote_stride=columns[3],
+                num_bytes=columns[4],
+                joins=joins,
+                num_local=min(route.local.num_blocks for route in routes),
+                num_remote=min(route.remote.num_blocks for route in routes),
+            )
+        )
+    return found
+
+
+def _reads_whole_blocks(route: Route) -> bool:
+    size = route.local.block_stride
+    return size == route.remote.block_stride and all(num_bytes == size for _, _, num_bytes in route.pieces)
