@@ -305,8 +305,8 @@ def test_who_is_admitted_has_room_to_grow(split: Callable[..., Split]) -> None:
 def test_kv_is_fetched_only_with_room_for_the_prompt_and_its_growth(
     split: Callable[..., Split], whole: Engine, scheduling: str, early: str
 ) -> None:
-    """60 blocks: three prompts of 10 blocks that grow by 10 each fit, a fourth prompt would fit for now. When one of the
-    three has ended any three fit, at whatever steps they began."""
+    """60 blocks: three prompts of 10 blocks that grow by 10 each fit, a fourth prompt would fit for now. When one of
+    the three has ended any three fit, at whatever steps they began."""
     pair = split(decode_flags=(*SMALL, "--kv-scheduling", scheduling, early))
     scheduler, holds = pair.decode.scheduler, pair.prefill.scheduler.connector._prefill._holds
     prompts, wishes = [words(150, seed) for seed in range(4)], [greedy(160)] * 4
