@@ -24,7 +24,7 @@ _COMPARISONS = {
 }  # fmt: skip
 
 
-class _Lower(Lower):  # type: ignore[misc]
+class _Lower(Lower):
     """numba's, with a short way for these two; anything else goes its way."""
 
     def lower_binop(self, resty: Any, expr: Any, op: Any) -> Any:
@@ -75,7 +75,7 @@ class _Lower(Lower):  # type: ignore[misc]
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
-class ShortLowering(NativeLowering):  # type: ignore[misc]
+class ShortLowering(NativeLowering):
     """To be run in the place of numba's own."""
 
     _name = "short_lowering"

@@ -26,7 +26,7 @@ if not all(hasattr(JITCodeLibrary, step) for step in _STEPS):
     raise ImportError("this numba finishes its libraries in another way")
 
 
-class Whole(CompilerBase):  # type: ignore[misc]
+class Whole(CompilerBase):
     """For the function that is called from Python."""
 
     def define_pipelines(self) -> list[PassManager]:
@@ -34,7 +34,7 @@ class Whole(CompilerBase):  # type: ignore[misc]
         return [_without_needless(DefaultPassBuilder.define_nopython_pipeline(self.state))]
 
 
-class Part(CompilerBase):  # type: ignore[misc]
+class Part(CompilerBase):
     """For what only compiled functions call. numba's own compiler optimises each function with all that it calls, and
     makes machine code of it, before it does the same for the caller, which contains them: with calls ten deep most of
     the work is done ten times. This one leaves both to the outermost function."""
@@ -60,7 +60,7 @@ class _Generator:
         return getattr(self._inside, name)
 
 
-class _PartLibrary(JITCodeLibrary):  # type: ignore[misc]
+class _PartLibrary(JITCodeLibrary):
     @property
     def codegen(self) -> Any:
         return _Generator(self._codegen)
