@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final, get_args
 
 import numpy as np
@@ -52,9 +55,28 @@ def _attempt(system: System, workload: Workload, log_rows: int) -> tuple[Outcome
     heap = np.zeros((3 * num + (max_stages + 4) * len(engines), 4))
     W, G, ranks = _memory(system, num, num_kinds)
     ids = prefixes.ids if num_chunks and prefixes else None
-    run(R, T, E, F, S, X, W, G, _latencies(system), parts, ids, left, ranks, heap, rows)
+    with _without_collector(version=(left is None, ranks is None)):
+        run(R, T, E, F, S, X, W, G, _latencies(system), parts, ids, left, ranks, heap, rows)
     logged = int(S[k.LOGGED])
     return _outcome(R, T, S, rows[:logged]), logged
+
+
+@contextmanager
+def _without_collector(version: tuple[bool, bool]) -> Iterator[None]:
+    """Compiling makes millions of objects that stay; looking for garbage among them takes a tenth of its time, or more
+    where much is loaded already. So the collector rests during the first run of each version of the kernel."""
+    rests = version not in _ready and gc.isenabled()
+    if rests:
+        gc.disable()
+    try:
+        yield
+    finally:
+        _ready.add(version)
+        if rests:
+            gc.enable()
+
+
+_ready: set[tuple[bool, bool]] = set()
 
 
 def _requests(system: System, workload: Workload) -> tuple[Any, Any, int]:
@@ -62,7 +84,7 @@ def _requests(system: System, workload: Workload) -> tuple[Any, Any, int]:
     R, T = np.zeros((num, k.NUM_R), dtype=np.int64), np.full((num, k.NUM_T), math.nan)
     R[:, k.PROMPT] = R[:, k.KNOWN] = workload.prompt_tokens
     R[:, k.TOTAL] = workload.prompt_tokens + (1 if system.phase == "prefill" else workload.output_tokens)
-    for column in (k.P, k.D, k.NEXT, k.PREVIOUS, k.NEXT_HOLD, k.CACHED):
+    for column in (k.P, k.D, k.NEXT, k.PREVIOUS, k.NEXT_AWAY, k.PREVIOUS_AWAY, k.NEXT_HOLD, k.CACHED):
         R[:, column] = k.NONE
     most, kinds = answers_of(workload)
     different, R[:, k.KIND] = np.unique(np.asarray(kinds), return_inverse=True)
@@ -97,6 +119,8 @@ def _engines(system: System, chunk_tokens: int, max_seqs: int, max_stages: int) 
         for column in (
             k.WAITING,
             k.WAITING_LAST,
+            k.AWAY,
+            k.AWAY_LAST,
             k.PARKED,
             k.PARKED_LAST,
             k.HOLD,

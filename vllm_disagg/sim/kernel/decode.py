@@ -7,7 +7,7 @@ import math
 
 from vllm_disagg.core.scheduling import growth as rules
 from vllm_disagg.core.scheduling import pace, victims
-from vllm_disagg.sim.kernel.compiled import inner
+from vllm_disagg.sim.kernel.compiled import inner, inner_in_loops
 from vllm_disagg.sim.kernel.growth import may_come_in
 from vllm_disagg.sim.kernel.state import (
     AHEAD,
@@ -23,7 +23,10 @@ from vllm_disagg.sim.kernel.state import (
     LOCAL_TOKENS,
     MAX_SEQS,
     NONE,
+    NUM_AWAY,
+    NUM_COMING,
     NUM_E,
+    NUM_LOCAL,
     NUM_PREEMPTED,
     OWN,
     PACED,
@@ -54,6 +57,18 @@ def plan_decode(R, T, E, F, S, table, i, now_s):
     _keep_who_cannot_afford_it(R, T, E, F, table, i, now_s)
     S[FETCH_ONLY] = 1 if E[i, RUNNING] >= E[i, MAX_SEQS] else 0
     _budget(R, E, F, S, table, i)
+
+
+@inner
+def sees_local(S):
+    """Whether those with their prompt before them are seen."""
+    return S[FETCH_ONLY] == 0 and (S[PACED] == 0 or S[LOCAL_TOKENS] > 0)
+
+
+@inner
+def asks(E, S, i):
+    """Whether somebody may ask for room in this step."""
+    return E[i, NUM_AWAY] > E[i, NUM_COMING] or (E[i, NUM_LOCAL] > 0 and sees_local(S))
 
 
 @inner
@@ -114,25 +129,37 @@ def _budget(R, E, F, S, table, i):
 
 @inner
 def _keep_who_cannot_afford_it(R, T, E, F, table, i, now_s):
-    if E[i, FREE] >= E[i, RUNNING] or E[i, RUNNING] < 2:
+    running = E[i, RUNNING]
+    if E[i, FREE] >= running or running < 2:
         return
-    for k in range(E[i, RUNNING]):
+    tpot_s = F[i, TPOT]
+    for k in range(running):
         r = E[i, NUM_E + k]
         first_s = T[r, FIRST_DECODE] if R[r, SPLIT] == 1 else T[r, PREFILL_END]
         since_s = 0.0 if math.isnan(first_s) else now_s - first_s
         known = R[r, KNOWN]
-        T[r, AHEAD] = _ahead_s(known - R[r, PROMPT], F[i, TPOT], since_s)
-        T[r, COST] = (
-            step_s(table[i], known, known * known, 1, 0, 0) if known > 1 else step_s(table[i], 0, 0, 0, 1, known)
-        )
-    for k in range(1, E[i, RUNNING]):  # stable, and quick where they were in order already
+        T[r, AHEAD] = _ahead_s(known - R[r, PROMPT], tpot_s, since_s)
+        if known > 1:
+            T[r, COST] = step_s(table[i], known, known * known, 1, 0, 0)
+        else:
+            T[r, COST] = step_s(table[i], 0, 0, 0, 1, known)
+    last = _rank_of(R, T, E[i, NUM_E])
+    for k in range(1, running):  # stable, and quick where they were in order already
         r = E[i, NUM_E + k]
-        mine = _rank(R[r, PREEMPTIONS], 0, T[r, AHEAD], T[r, COST])
+        mine = _rank_of(R, T, r)
+        if not mine < last:
+            last = mine
+            continue
         at = k
         while at > 0:
             other = E[i, NUM_E + at - 1]
-            if not mine < _rank(R[other, PREEMPTIONS], 0, T[other, AHEAD], T[other, COST]):
+            if not mine < _rank_of(R, T, other):
                 break
             E[i, NUM_E + at] = other
             at -= 1
         E[i, NUM_E + at] = r
+
+
+@inner_in_loops
+def _rank_of(R, T, r):
+    return _rank(R[r, PREEMPTIONS], 0, T[r, AHEAD], T[r, COST])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_disagg.core.scheduling import growth as rules
-from vllm_disagg.sim.kernel.compiled import inner
+from vllm_disagg.sim.kernel.compiled import inner, inner_in_loops
 from vllm_disagg.sim.kernel.state import (
     ANSWERS,
     BLOCK_SIZE,
@@ -12,13 +12,17 @@ from vllm_disagg.sim.kernel.state import (
     BY_ORDER,
     COMPUTED,
     COUNT,
+    ENDS_AT,
     FIRST_WINDOW,
     FOLLOWING,
+    GROWS,
     HEADROOM,
     HELD_BY,
     HOLDERS,
     HOLDERS_ALL,
     HOLDERS_HELD,
+    HOLDS,
+    HOLDS_FOR,
     KIND,
     KNOWN,
     LEAVING_BY,
@@ -60,7 +64,7 @@ def _longer_than(lengths, count, generated):
     return low
 
 
-@inner
+@inner_in_loops
 def remaining(R, T, E, W, i, r):
     most = min(R[r, MOST], E[i, BLOCKS] * E[i, BLOCK_SIZE] - R[r, PROMPT])
     generated = R[r, KNOWN] - R[r, PROMPT]
@@ -77,7 +81,7 @@ def remaining(R, T, E, W, i, r):
     return _remaining_of(lengths, count, first, T[r, QUANTILE], generated, most, rules.PRIOR)
 
 
-@inner
+@inner_in_loops
 def _count_in(S, G, held, growth, number):
     G[HELD_BY, growth] += number * held
     G[LEAVING_BY, growth] += number
@@ -90,14 +94,23 @@ def _count_in(S, G, held, growth, number):
 @inner
 def holders_of(R, T, E, S, W, G, i):
     for k in range(E[i, RUNNING]):
-        r = E[i, NUM_E + k]
-        held, growth = _holding(R[r, KNOWN], R[r, COMPUTED], remaining(R, T, E, W, i, r), E[i, BLOCK_SIZE])
-        _count_in(S, G, held, growth, 1)
+        _count_holder(R, T, E, S, W, G, i, E[i, NUM_E + k])
     r = E[i, PARKED]
     while r != NONE:
-        held, growth = _holding(R[r, KNOWN], R[r, COMPUTED], remaining(R, T, E, W, i, r), E[i, BLOCK_SIZE])
-        _count_in(S, G, held, growth, 1)
+        _count_holder(R, T, E, S, W, G, i, r)
         r = R[r, NEXT]
+
+
+@inner_in_loops
+def _count_holder(R, T, E, S, W, G, i, r):
+    """From one step to the next most hold as many blocks and will grow by as many: that saves divisions."""
+    known, computed, block_size = R[r, KNOWN], R[r, COMPUTED], E[i, BLOCK_SIZE]
+    rest = remaining(R, T, E, W, i, r)
+    missing = R[r, HOLDS_FOR] - computed
+    if R[r, ENDS_AT] != known + rest or missing < 0 or missing >= block_size:
+        held, growth = _holding(known, computed, rest, block_size)
+        R[r, ENDS_AT], R[r, HOLDS_FOR], R[r, HOLDS], R[r, GROWS] = known + rest, held * block_size, held, growth
+    _count_in(S, G, R[r, HOLDS], R[r, GROWS], 1)
 
 
 @inner

@@ -3,7 +3,24 @@
 from __future__ import annotations
 
 from vllm_disagg.sim.kernel.compiled import inner
-from vllm_disagg.sim.kernel.state import DIRTY, HEAP, LOGGED, NEXT, NONE, NUM_S, PREVIOUS, PUSHED, ZERO
+from vllm_disagg.sim.kernel.state import (
+    AWAY,
+    DIRTY,
+    EARLY,
+    HEAP,
+    LOGGED,
+    NEXT,
+    NEXT_AWAY,
+    NONE,
+    NUM_AWAY,
+    NUM_LOCAL,
+    NUM_S,
+    PREVIOUS,
+    PUSHED,
+    REMOTE,
+    WAITING,
+    ZERO,
+)  # fmt: skip
 
 # The queue of events: a binary heap over (time, order of pushing).
 
@@ -74,49 +91,94 @@ def mark(S, engine):
     S[DIRTY] += 1
 
 
-# Queues of requests: linked by NEXT and PREVIOUS. A queue is known by the columns of its first and its last one.
+# Queues of requests, linked by two columns. A queue is known by the column of its first one; the column after it is for
+# its last one, as that after `links` is for the way back.
 
 
 @inner
-def append(E, R, i, first, last, r):
-    R[r, NEXT], R[r, PREVIOUS] = NONE, E[i, last]
-    if E[i, last] == NONE:
-        E[i, first] = r
+def append(E, R, i, queue, links, r):
+    R[r, links], R[r, links + 1] = NONE, E[i, queue + 1]
+    if E[i, queue + 1] == NONE:
+        E[i, queue] = r
     else:
-        R[E[i, last], NEXT] = r
-    E[i, last] = r
+        R[E[i, queue + 1], links] = r
+    E[i, queue + 1] = r
 
 
 @inner
-def prepend(E, R, i, first, last, r):
-    R[r, NEXT], R[r, PREVIOUS] = E[i, first], NONE
-    if E[i, first] == NONE:
-        E[i, last] = r
+def prepend(E, R, i, queue, links, r):
+    R[r, links], R[r, links + 1] = E[i, queue], NONE
+    if E[i, queue] == NONE:
+        E[i, queue + 1] = r
     else:
-        R[E[i, first], PREVIOUS] = r
-    E[i, first] = r
+        R[E[i, queue], links + 1] = r
+    E[i, queue] = r
 
 
 @inner
-def insert_before(E, R, i, first, other, r):
-    """`other` is somewhere in the queue."""
-    before = R[other, PREVIOUS]
-    R[r, NEXT], R[r, PREVIOUS], R[other, PREVIOUS] = other, before, r
-    if before == NONE:
-        E[i, first] = r
-    else:
-        R[before, NEXT] = r
-
-
-@inner
-def take(E, R, i, first, last, r):
+def take(E, R, i, queue, links, r):
     """Out of the queue, wherever it is."""
-    before, after = R[r, PREVIOUS], R[r, NEXT]
+    before, after = R[r, links + 1], R[r, links]
     if before == NONE:
-        E[i, first] = after
+        E[i, queue] = after
     else:
-        R[before, NEXT] = after
+        R[before, links] = after
     if after == NONE:
-        E[i, last] = before
+        E[i, queue + 1] = before
     else:
-        R[after, PREVIOUS] = before
+        R[after, links + 1] = before
+
+
+# Those that wait. Whose KV is to be fetched, or comes early, is also in the queue AWAY, in the same order: where no
+# prompt may be computed, these are found behind any number of others.
+
+
+@inner
+def wait_last(E, R, i, r):
+    append(E, R, i, WAITING, NEXT, r)
+    if R[r, REMOTE] == 1:
+        append(E, R, i, AWAY, NEXT_AWAY, r)
+        E[i, NUM_AWAY] += 1
+    else:
+        E[i, NUM_LOCAL] += 1
+
+
+@inner
+def wait_first(E, R, i, r):
+    prepend(E, R, i, WAITING, NEXT, r)
+    if R[r, REMOTE] == 1:
+        prepend(E, R, i, AWAY, NEXT_AWAY, r)
+        E[i, NUM_AWAY] += 1
+    else:
+        E[i, NUM_LOCAL] += 1
+
+
+@inner
+def wait_before(E, R, i, other, r):
+    """Its prompt is for this engine, and `other` waits."""
+    before = R[other, PREVIOUS]
+    if before == NONE:
+        prepend(E, R, i, WAITING, NEXT, r)
+    else:
+        R[r, NEXT], R[r, PREVIOUS], R[other, PREVIOUS], R[before, NEXT] = other, before, r, r
+    E[i, NUM_LOCAL] += 1
+
+
+@inner
+def wait_no_more(E, R, i, r):
+    """Before anything is changed that says where its KV comes from."""
+    take(E, R, i, WAITING, NEXT, r)
+    if R[r, REMOTE] == 1 or R[r, EARLY] == 1:
+        take(E, R, i, AWAY, NEXT_AWAY, r)
+        E[i, NUM_AWAY] -= 1
+    else:
+        E[i, NUM_LOCAL] -= 1
+
+
+@inner
+def compute_here(E, R, i, r):
+    """Its KV will not come: it goes on waiting, with its prompt."""
+    R[r, REMOTE] = R[r, EARLY] = 0
+    take(E, R, i, AWAY, NEXT_AWAY, r)
+    E[i, NUM_AWAY] -= 1
+    E[i, NUM_LOCAL] += 1

@@ -8,7 +8,7 @@ from vllm_disagg.core.scheduling import order as ordering
 from vllm_disagg.core.scheduling import packing
 from vllm_disagg.sim.kernel.blocks import find, hit_tokens, price
 from vllm_disagg.sim.kernel.compiled import inner, inner_with_lists
-from vllm_disagg.sim.kernel.lists import append, insert_before
+from vllm_disagg.sim.kernel.lists import wait_before, wait_last
 from vllm_disagg.sim.kernel.state import (
     BATCH_TOKENS,
     BLOCKS,
@@ -41,7 +41,6 @@ from vllm_disagg.sim.kernel.state import (
     TOKENS_OF,
     TTFT,
     WAITING,
-    WAITING_LAST,
     WATERMARK,
     WHO,
     ZERO,
@@ -93,9 +92,9 @@ def put_back(R, T, E, i, r):
     while other != NONE and T[other, QUEUED_AT] < T[r, QUEUED_AT]:
         other = R[other, NEXT]
     if other == NONE:
-        append(E, R, i, WAITING, WAITING_LAST, r)
+        wait_last(E, R, i, r)
     else:
-        insert_before(E, R, i, WAITING, other, r)
+        wait_before(E, R, i, other, r)
 
 
 @inner

@@ -8,7 +8,7 @@ from typing import Any
 from vllm_disagg.core.scheduling import growth as rules
 from vllm_disagg.sim.kernel.blocks import blocks
 from vllm_disagg.sim.kernel.compiled import compiled, inner, sources
-from vllm_disagg.sim.kernel.lists import append, mark, note, pop, push
+from vllm_disagg.sim.kernel.lists import mark, note, pop, push, wait_last
 from vllm_disagg.sim.kernel.state import (
     AREA,
     ARRIVAL,
@@ -66,7 +66,6 @@ from vllm_disagg.sim.kernel.state import (
     TOKENS,
     TOTAL,
     WAITING,
-    WAITING_LAST,
     ZERO,
     D,
     P,
@@ -115,7 +114,7 @@ def _never_fits(E, S, R, r):
 def _enqueue(R, T, E, i, r, now_s):
     E[i, NUM_QUEUED] += 1
     T[r, QUEUED_AT], T[r, QUANTILE] = now_s, _quantile_of(E[i, NUM_QUEUED])
-    append(E, R, i, WAITING, WAITING_LAST, r)
+    wait_last(E, R, i, r)
 
 
 @inner

@@ -33,26 +33,32 @@ HANDED_OVER, PULLED, QUEUED, STAGE_FREE, STEP_END, WAKE = (
     np.int64(getattr(reference, name)) for name in ("HANDED_OVER", "PULLED", "QUEUED", "STAGE_FREE", "STEP_END", "WAKE")
 )
 
-# Columns of R, one row per request. Pairs are for the prefill and for the decode instance.
+# Columns of R, one row per request, those of every step first. Pairs are for the prefill and for the decode instance.
+# After NEXT and NEXT_AWAY comes the way back. HOLDS and GROWS are what was last found of one that holds blocks: true as
+# long as it is expected to end at ENDS_AT tokens, and has KV of at most HOLDS_FOR tokens and not of a block less.
 (
-    KNOWN, COMPUTED, ROOM, ROOM_D, EPOCH, TOTAL, PROMPT, SPLIT, ON_DECODE, REMOTE, PULL_FAILED, OWN, OWN_D,
-    CHUNKS, CHUNKS_D, HELD, HELD_D, P, D, NEXT, PREVIOUS, NEXT_HOLD, CACHED, PREEMPTIONS, REFUSED, FIRST_CHUNK,
-    NUM_CHUNKS, EARLY, PULLING, PASSES, MOST, KIND, LONGER, NUM_R,
-) = _numbers(34)  # fmt: skip
+    KNOWN, COMPUTED, ROOM, ROOM_D, EPOCH, TOTAL, PROMPT, SPLIT, ON_DECODE, MOST, KIND, LONGER, ENDS_AT, HOLDS_FOR,
+    HOLDS, GROWS, PREEMPTIONS, REMOTE, EARLY, PULLING, NEXT, PREVIOUS, NUM_CHUNKS, FIRST_CHUNK, NEXT_AWAY,
+    PREVIOUS_AWAY, OWN, OWN_D, CHUNKS, CHUNKS_D, HELD, HELD_D, P, D, PULL_FAILED, NEXT_HOLD, CACHED, REFUSED, PASSES,
+    NUM_R,
+) = _numbers(40)  # fmt: skip
 
-# Columns of T. AHEAD and COST are of the moment in which victims are chosen.
+# Columns of T, likewise. AHEAD and COST are of the moment in which victims are chosen.
 (
-    ARRIVAL, LAST_TOKEN, HOLD_UNTIL, PREFILL_START, PREFILL_END, TRANSFER_START, TRANSFER_END, DECODE_START,
-    FIRST_DECODE, FIRST_TOKEN, FINISHED, LONGEST_GAP, QUEUED_AT, QUANTILE, AHEAD, COST, NUM_T,
+    LAST_TOKEN, LONGEST_GAP, FIRST_DECODE, PREFILL_END, AHEAD, COST, QUANTILE, FIRST_TOKEN, ARRIVAL, HOLD_UNTIL,
+    PREFILL_START, TRANSFER_START, TRANSFER_END, DECODE_START, FINISHED, QUEUED_AT, NUM_T,
 ) = _numbers(17)  # fmt: skip
 
-# Columns of E, one row per engine. From NUM_E on: its running requests.
+# Columns of E, one row per engine. From NUM_E on: its running requests. After the first of a queue comes its last.
+# NUM_AWAY and NUM_LOCAL count those that wait, NUM_COMING those whose KV comes early, NUM_HERE those parked whose KV is
+# here.
 (
     BLOCKS, BLOCK_SIZE, STAGES, POLICY, BUDGET, MAX_SEQS, WATERMARK, CHUNK_TOKENS, SIDE, END,
-    FREE, RUNNING, WAITING, WAITING_LAST, PARKED, PARKED_LAST, NUM_PARKED, STEP_FIRST, STEP_COUNT, HOLD, HOLD_LAST,
-    LOAD_TOKENS, LOAD_REQUESTS, LAST_CHOSEN, LEFT_FIRST, LEFT_LAST, LEFT_BLOCKS, HELD_BLOCKS, NUM_QUEUED, NUM_FORMED,
-    NUM_PREEMPTED, PROMISED, PROMISED_TO, RESERVED, LENT, LONGEST, NUM_RECENT, ORDER, BATCH_TOKENS, NUM_E,
-) = _numbers(40)  # fmt: skip
+    FREE, RUNNING, WAITING, WAITING_LAST, AWAY, AWAY_LAST, PARKED, PARKED_LAST, NUM_PARKED, STEP_FIRST, STEP_COUNT,
+    HOLD, HOLD_LAST, LOAD_TOKENS, LOAD_REQUESTS, LAST_CHOSEN, LEFT_FIRST, LEFT_LAST, LEFT_BLOCKS, HELD_BLOCKS,
+    NUM_QUEUED, NUM_FORMED, NUM_PREEMPTED, PROMISED, PROMISED_TO, RESERVED, LENT, LONGEST, NUM_RECENT, ORDER,
+    BATCH_TOKENS, NUM_AWAY, NUM_LOCAL, NUM_COMING, NUM_HERE, NUM_E,
+) = _numbers(46)  # fmt: skip
 
 # Columns of F. From NUM_F on: when each stage is free.
 (

@@ -6,12 +6,13 @@ import math
 
 from vllm_disagg.sim.kernel.blocks import find, grow, hit_tokens, hold, missing, price, publish, release
 from vllm_disagg.sim.kernel.compiled import inner
-from vllm_disagg.sim.kernel.decode import has_room, plan_decode, sees, within_pace
+from vllm_disagg.sim.kernel.decode import asks, has_room, plan_decode, sees, sees_local, within_pace
 from vllm_disagg.sim.kernel.growth import came_in, forget_holders, holders_of, promise, promise_is_due
-from vllm_disagg.sim.kernel.lists import append, note, prepend, take
+from vllm_disagg.sim.kernel.lists import append, compute_here, note, take, wait_first, wait_no_more
 from vllm_disagg.sim.kernel.prefill import plan_prompts, put_back
 from vllm_disagg.sim.kernel.state import (
     AREA,
+    AWAY,
     BUDGET,
     CACHED,
     CHOSEN,
@@ -30,9 +31,11 @@ from vllm_disagg.sim.kernel.state import (
     LINE,
     MAX_SEQS,
     NEXT,
+    NEXT_AWAY,
     NONE,
     NUM_E,
     NUM_FORMED,
+    NUM_HERE,
     NUM_PARKED,
     NUM_PREEMPTED,
     NUM_PREFILL,
@@ -42,7 +45,6 @@ from vllm_disagg.sim.kernel.state import (
     OWN,
     PACED,
     PARKED,
-    PARKED_LAST,
     POLICY,
     PREEMPTION,
     PREEMPTIONS,
@@ -59,7 +61,6 @@ from vllm_disagg.sim.kernel.state import (
     SPLIT,
     TOKENS,
     WAITING,
-    WAITING_LAST,
     WATERMARK,
     WHOLE,
     ZERO,
@@ -92,12 +93,11 @@ def form(R, T, E, F, S, X, W, G, table, parts, ids, left, ranks, heap, log, i, s
 def _plan(R, T, E, F, S, W, G, table, ids, left, ranks, i, now_s):
     """Returns how many prompts of the line in `G` are chosen, where that is what is seen."""
     S[PACED] = S[FETCH_ONLY] = 0
-    early = S[READS_EARLY] == 1 and i >= S[NUM_PREFILL]
+    early, due = S[READS_EARLY] == 1 and i >= S[NUM_PREFILL], False
     if E[i, POLICY] == OURS_DECODE:
         due = early and promise_is_due(E, i)
-        if due or E[i, WAITING] != NONE:
-            holders_of(R, T, E, S, W, G, i)
         if due:
+            holders_of(R, T, E, S, W, G, i)
             promise(E, S, G, i)
     E[i, NUM_FORMED] += 1
     if early:
@@ -106,6 +106,8 @@ def _plan(R, T, E, F, S, W, G, table, ids, left, ranks, i, now_s):
         return plan_prompts(R, T, E, F, table, ids, left, G, ranks, i, now_s)
     if E[i, POLICY] == OURS_DECODE:
         plan_decode(R, T, E, F, S, table, i, now_s)
+        if not due and asks(E, S, i):
+            holders_of(R, T, E, S, W, G, i)
     return ZERO
 
 
@@ -115,7 +117,7 @@ def _budget(R, T, E, ids, left, i, now_s):
     head = E[i, WAITING]
     if head == NONE or not (E[i, POLICY] == WHOLE or E[i, POLICY] == PREFILL_FIRST):
         return budget
-    _give_up_expired(R, T, head, now_s)
+    _give_up_expired(R, T, E, i, head, now_s)
     if R[head, REMOTE] == 1 or R[head, EARLY] == 1:
         return budget
     if E[i, POLICY] == WHOLE or R[head, KNOWN] > R[head, PROMPT]:
@@ -125,18 +127,17 @@ def _budget(R, T, E, ids, left, i, now_s):
 
 
 @inner
-def _give_up_expired(R, T, r, now_s):
+def _give_up_expired(R, T, E, i, r, now_s):
     if R[r, REMOTE] == 1 and T[r, HOLD_UNTIL] <= now_s:
-        R[r, REMOTE] = 0
+        compute_here(E, R, i, r)
 
 
 @inner
 def _continue_running(R, T, E, S, parts, ids, left, log, i, slot, budget, now_s):
     position, preempted = ZERO, False
     while position < E[i, RUNNING] and budget > 0:
-        before = position
-        position = _continue_decoding(R, E, S, parts, i, slot, position, budget)
-        budget -= position - before
+        position, num = _continue_decoding(R, E, S, parts, i, slot, position, budget)
+        budget -= num
         if position >= E[i, RUNNING] or budget == 0:
             break
         r = E[i, NUM_E + position]
@@ -161,14 +162,18 @@ def _continue_running(R, T, E, S, parts, ids, left, log, i, slot, budget, now_s)
 
 @inner
 def _continue_decoding(R, E, S, parts, i, slot, position, budget):
-    """The common case of `_continue_running`, without a call for each request: one new token, and room for it. Stops at
-    the first request that needs more, and returns its position."""
+    """The common case of `_continue_running`, without a call for each request: one new token, and room for it; or none,
+    while the last one is under way. Stops at the first request that needs more. Returns its position, and how many
+    tokens those before it have."""
     room, last, caches = ROOM + E[i, SIDE], E[i, RUNNING], E[i, CHUNK_TOKENS] > 0
     k, context = parts[i, slot, 0, 0], ZERO
     first = k
     while position < last and k - first < budget:
         r = E[i, NUM_E + position]
         computed = R[r, COMPUTED]
+        if R[r, KNOWN] == computed:
+            position += 1
+            continue
         if R[r, KNOWN] != computed + 1 or computed >= R[r, room] or (caches and computed < R[r, PROMPT]):
             break
         R[r, COMPUTED] = computed + 1
@@ -180,27 +185,15 @@ def _continue_decoding(R, E, S, parts, i, slot, position, budget):
     parts[i, slot, 0, 0] = k
     S[DECODES] += k - first
     S[CONTEXT] += context
-    return position
+    return position, k - first
 
 
 @inner
 def _admit(R, T, E, F, S, X, W, G, parts, ids, left, heap, log, i, slot, chosen, budget, now_s):
-    r = E[i, PARKED] if S[FETCH_ONLY] == 0 else NONE
-    while r != NONE:
-        following = R[r, NEXT]
-        if budget <= 0 or E[i, RUNNING] >= E[i, MAX_SEQS]:
+    if S[FETCH_ONLY] == 0 and E[i, NUM_HERE] > 0:
+        budget = _admit_parked(R, T, E, S, parts, ids, left, i, slot, budget, now_s)
+        if budget == NONE:
             return
-        if R[r, PULLING] == 0:
-            watermark = E[i, WATERMARK] if E[i, RUNNING] > 0 else ZERO
-            new = R[r, KNOWN] - R[r, COMPUTED]
-            if new > budget or missing(E, R, i, r, R[r, KNOWN]) + watermark > E[i, FREE]:
-                return
-            take(E, R, i, PARKED, PARKED_LAST, r)
-            E[i, NUM_PARKED] -= 1
-            grow(E, R, left, i, r, R[r, KNOWN])
-            _start(R, T, E, S, parts, ids, left, i, slot, r, new, now_s)
-            budget -= new
-        r = following
     if E[i, POLICY] == OURS_PREFILL:
         for k in range(chosen):
             if budget <= 0 or E[i, RUNNING] >= E[i, MAX_SEQS]:
@@ -211,21 +204,53 @@ def _admit(R, T, E, F, S, X, W, G, parts, ids, left, heap, log, i, slot, chosen,
                 return
             budget -= new
         return
+    # Where nobody holds blocks, those whose early KV is here go first.
     first = 0 if E[i, RUNNING] == 0 and E[i, PARKED] == NONE and E[i, LENT] > 0 else 1
     for turn in range(first, 2):
-        r = E[i, WAITING]
-        while r != NONE:
-            following = R[r, NEXT]
+        local, away = turn == 1, E[i, AWAY]
+        r = E[i, WAITING] if local else away
+        while True:
+            if local and not sees_local(S):
+                local, r = False, away  # nobody else is seen
+            if r == NONE:
+                break
+            following = R[r, NEXT] if local else R[r, NEXT_AWAY]
+            if r == away:
+                away = R[r, NEXT_AWAY]
             if turn == 1 or (R[r, EARLY] == 1 and R[r, PULLING] == 0):
                 if budget <= 0 or (E[i, RUNNING] >= E[i, MAX_SEQS] and S[FETCH_ONLY] == 0):
                     return
-                _give_up_expired(R, T, r, now_s)
+                _give_up_expired(R, T, E, i, r, now_s)
                 if sees(R, S, r) and not (R[r, EARLY] == 1 and R[r, PULLING] == 1):
                     new = _admit_one(R, T, E, F, S, X, W, G, parts, ids, left, heap, log, i, slot, r, budget, now_s)
                     if new == NONE:
                         return
                     budget -= new
             r = following
+
+
+@inner
+def _admit_parked(R, T, E, S, parts, ids, left, i, slot, budget, now_s):
+    """Those whose KV has come. Returns the budget left, NONE where somebody does not fit."""
+    r, here = E[i, PARKED], E[i, NUM_HERE]
+    while here > 0:
+        following = R[r, NEXT]
+        if budget <= 0 or E[i, RUNNING] >= E[i, MAX_SEQS]:
+            return NONE
+        if R[r, PULLING] == 0:
+            here -= 1
+            watermark = E[i, WATERMARK] if E[i, RUNNING] > 0 else ZERO
+            new = R[r, KNOWN] - R[r, COMPUTED]
+            if new > budget or missing(E, R, i, r, R[r, KNOWN]) + watermark > E[i, FREE]:
+                return NONE
+            take(E, R, i, PARKED, NEXT, r)
+            E[i, NUM_PARKED] -= 1
+            E[i, NUM_HERE] -= 1
+            grow(E, R, left, i, r, R[r, KNOWN])
+            _start(R, T, E, S, parts, ids, left, i, slot, r, new, now_s)
+            budget -= new
+        r = following
+    return budget
 
 
 @inner
@@ -240,9 +265,9 @@ def _admit_one(R, T, E, F, S, X, W, G, parts, ids, left, heap, log, i, slot, r, 
             return NONE
         if missing(E, R, i, r, known) + watermark > E[i, FREE] + own:
             return NONE
+        wait_no_more(E, R, i, r)
         R[r, EARLY] = 0
         E[i, LENT] -= own
-        take(E, R, i, WAITING, WAITING_LAST, r)
         grow(E, R, left, i, r, known)
         if plans:
             came_in(R, T, E, S, W, G, i, r)
@@ -257,9 +282,9 @@ def _admit_one(R, T, E, F, S, X, W, G, parts, ids, left, heap, log, i, slot, r, 
             return NONE
         if needed + watermark > E[i, FREE] or needed + watermark + _reserved(R, E, i) > E[i, FREE]:
             return NONE
-        take(E, R, i, WAITING, WAITING_LAST, r)
+        wait_no_more(E, R, i, r)
         hold(E, R, ids, left, i, r, found, known)
-        append(E, R, i, PARKED, PARKED_LAST, r)
+        append(E, R, i, PARKED, NEXT, r)
         E[i, NUM_PARKED] += 1
         if plans:
             came_in(R, T, E, S, W, G, i, r)
@@ -270,7 +295,7 @@ def _admit_one(R, T, E, F, S, X, W, G, parts, ids, left, heap, log, i, slot, r, 
     new = within_pace(S, min(known - hit, budget))
     if new == 0 or (plans and not has_room(R, T, E, F, S, W, G, i, r, False)) or needed + watermark > E[i, FREE]:
         return NONE
-    take(E, R, i, WAITING, WAITING_LAST, r)
+    wait_no_more(E, R, i, r)
     if R[r, REMOTE] == 1:
         release_hold(R, E, S, ids, left, r)
     hold(E, R, ids, left, i, r, found, hit + new)
@@ -333,4 +358,4 @@ def _preempt(R, T, E, S, ids, left, log, i, r, now_s):
     if E[i, POLICY] == OURS_PREFILL:
         put_back(R, T, E, i, r)
     else:
-        prepend(E, R, i, WAITING, WAITING_LAST, r)
+        wait_first(E, R, i, r)

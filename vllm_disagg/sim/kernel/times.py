@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from vllm_disagg.sim.kernel.compiled import inner
+from vllm_disagg.sim.kernel.compiled import inner_in_loops
 from vllm_disagg.sim.kernel.state import (
     CONSTANT,
     OF_DECODE,
@@ -20,7 +20,7 @@ from vllm_disagg.sim.kernel.state import (
 )  # fmt: skip
 
 
-@inner
+@inner_in_loops
 def regime_of(model, kind, size):
     k = 0
     while size > model[kind, k, UP_TO]:
@@ -28,7 +28,7 @@ def regime_of(model, kind, size):
     return k
 
 
-@inner
+@inner_in_loops
 def add_up(model, kind, k, tokens, area, prefills, decodes, context):
     return (
         model[kind, k, CONSTANT]
@@ -40,7 +40,7 @@ def add_up(model, kind, k, tokens, area, prefills, decodes, context):
     )
 
 
-@inner
+@inner_in_loops
 def step_s(model, tokens, area, prefills, decodes, context):
     if prefills == 0:
         k = regime_of(model, OF_DECODE, decodes)

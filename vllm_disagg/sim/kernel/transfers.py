@@ -7,7 +7,7 @@ import math
 from vllm_disagg.core.scheduling import reserve as reserving
 from vllm_disagg.sim.kernel.blocks import blocks, find, hit_tokens, hold, price, publish, release, set_aside
 from vllm_disagg.sim.kernel.compiled import inner
-from vllm_disagg.sim.kernel.lists import mark, note, prepend, push, take
+from vllm_disagg.sim.kernel.lists import compute_here, mark, note, push, take, wait_first
 from vllm_disagg.sim.kernel.state import (
     BANDWIDTH,
     BLOCK_SIZE,
@@ -26,15 +26,17 @@ from vllm_disagg.sim.kernel.state import (
     LATENCY,
     LENT,
     LONGEST,
+    NEXT,
     NEXT_HOLD,
     NONE,
+    NUM_COMING,
+    NUM_HERE,
     NUM_PARKED,
     NUM_RECENT,
     NUM_X,
     OURS_DECODE,
     OWN,
     PARKED,
-    PARKED_LAST,
     POLICY,
     PROMISED,
     PROMPT,
@@ -50,8 +52,6 @@ from vllm_disagg.sim.kernel.state import (
     TRANSFER,
     TRANSFER_END,
     TRANSFER_START,
-    WAITING,
-    WAITING_LAST,
     WAKE,
     WAKE_AT,
     D,
@@ -74,9 +74,10 @@ def _recall(E, W, i, num_blocks):
     """The longest of the recent prompts, this one included."""
     W[i, E[i, NUM_RECENT] % reserving.RECENT_PROMPTS] = num_blocks
     E[i, NUM_RECENT] += 1
-    E[i, LONGEST] = num_blocks
+    longest = num_blocks
     for k in range(min(E[i, NUM_RECENT], reserving.RECENT_PROMPTS)):
-        E[i, LONGEST] = max(E[i, LONGEST], W[i, k])
+        longest = max(longest, W[i, k])
+    E[i, LONGEST] = longest
 
 
 @inner
@@ -97,6 +98,7 @@ def fetch_early(R, T, E, S, X, W, ids, left, heap, log, i, r, now_s):
     E[i, RESERVED] -= needed
     E[i, LENT] += R[r, OWN + E[i, SIDE]]
     R[r, EARLY] = 1
+    E[i, NUM_COMING] += 1
     start_pull(R, T, E, S, X, heap, log, i, r, hit, now_s)
 
 
@@ -123,6 +125,8 @@ def end_pull(R, T, E, S, ids, left, r, now_s):
     i = R[r, D]
     release_hold(R, E, S, ids, left, r)
     R[r, PULLING] = 0
+    if R[r, EARLY] == 1:
+        E[i, NUM_COMING] -= 1
     if R[r, PULL_FAILED] == 1:
         _lose(R, T, E, ids, left, i, r)
         return
@@ -132,6 +136,8 @@ def end_pull(R, T, E, S, ids, left, r, now_s):
     publish(E, R, ids, left, i, r, R[r, PROMPT])
     if R[r, EARLY] == 1:
         E[i, LENT] += R[r, OWN + E[i, SIDE]] - own
+    else:
+        E[i, NUM_HERE] += 1
 
 
 @inner
@@ -139,12 +145,12 @@ def _lose(R, T, E, ids, left, i, r):
     R[r, COMPUTED] = 0
     T[r, TRANSFER_START] = math.nan
     if R[r, EARLY] == 1:
-        R[r, EARLY] = 0
+        compute_here(E, R, i, r)
         E[i, LENT] -= R[r, OWN + E[i, SIDE]]
     else:
-        take(E, R, i, PARKED, PARKED_LAST, r)
+        take(E, R, i, PARKED, NEXT, r)
         E[i, NUM_PARKED] -= 1
-        prepend(E, R, i, WAITING, WAITING_LAST, r)
+        wait_first(E, R, i, r)
     release(E, R, ids, left, i, r)
 
 
