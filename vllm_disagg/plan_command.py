@@ -19,7 +19,7 @@ from vllm_disagg.core.scheduling.rules import Rules
 from vllm_disagg.core.slo import SLO
 from vllm_disagg.errors import ConfigError
 from vllm_disagg.plan_plots import draw_rates, draw_sensitivity, require_matplotlib
-from vllm_disagg.plan_settings import PlanSettings, SimulateSettings
+from vllm_disagg.plan_settings import DeploymentSettings, PlanSettings, SimulateSettings
 from vllm_disagg.planner.candidates import Resources
 from vllm_disagg.planner.cluster import Cluster, EngineOptions, Pool, Scheduling, critical_length
 from vllm_disagg.planner.fit import judge_profile
@@ -323,7 +323,7 @@ def _scheduling(name: str) -> Scheduling:
     return cast(Scheduling, name)
 
 
-def _rules(settings: PlanSettings | SimulateSettings) -> Rules:
+def _rules(settings: DeploymentSettings) -> Rules:
     """The engines' settings; their targets are those of the plan."""
     return Rules(
         prefill_order=cast(PrefillOrder, settings.kv_prefill_order),
