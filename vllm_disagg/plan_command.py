@@ -245,7 +245,7 @@ def system_of(settings: SimulateSettings) -> System:
         policy, of_prefill = "decode", ("prefill", prefill_budget)
     elif scheduling == "distserve":
         of_prefill = "whole", l_m
-    packs = replace(rules, batch_tokens=l_m)
+    packs = replace(rules, batch_tokens=l_m, backlog=not rules.batch_tokens)
     return System(
         prefill=(engine(settings.prefill_tp, settings.prefill_pp, *of_prefill, packs),) * settings.prefill,
         decode=(engine(settings.tp, settings.pp, policy, settings.max_num_batched_tokens, rules),) * settings.decode,
