@@ -375,7 +375,7 @@ def system_of(cell: Cell, host: Host) -> System:
             kv_tokens=profile.kv_capacity_tokens(1, 1),
             block_size=BLOCK_SIZE,
             policy=policy,
-            rules=Rules(batch_tokens=l_m),
+            rules=Rules(batch_tokens=l_m, backlog=True),
             max_num_batched_tokens=kind.budget,
             max_num_seqs=MAX_NUM_SEQS,
             step_overhead_s=host.step_s,

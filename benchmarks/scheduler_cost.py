@@ -2,10 +2,11 @@
 
     taskset -c 0 python -m benchmarks.scheduler_cost --out benchmarks/results
 
-A decode engine of vLLM in this process, whose device takes no time (`tests/vllm/emulated.py`), generates for many
-streams. `Scheduler.schedule` and `Scheduler.update_from_output` are timed, and the two calls that note a step. Both
-schedulers take turns, and who begins alternates. What counts is the processor time of the calling thread, so that other
-work on the machine shows only through the caches.
+Decode engines of vLLM in this process, whose device takes no time (`tests/vllm/emulated.py`), generate for as many
+streams each: one without a role, that is vLLM's own scheduler, and two with one. They take turns of some steps, and
+who begins alternates. `Scheduler.schedule` and `Scheduler.update_from_output` are timed, and the two calls that note a
+step. What counts is the processor time of the calling thread, so that other work on the machine shows only through the
+caches.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import operator
 import random
 import socket
 import statistics
@@ -28,9 +30,15 @@ from benchmarks.machine import OtherLoad, fact_list, facts, table
 from tests.vllm.emulated import Engine
 from vllm_disagg.core.keys import create_key_file
 
-STEPS = 300
-WARM_STEPS = 40
-Costs = dict[str, list[float]]
+STEPS = 40
+"""Of an engine's turn."""
+
+WARM_STEPS = 20
+SIDES = ("stock", "vllm", "phase")
+"""vLLM without this project, then `--kv-scheduling`."""
+
+CALLS = ("schedule", "update_from_output", "_after", "measure.done")
+Costs = dict[str, float]
 
 
 def timed(owner: Any, name: str, costs: list[float]) -> None:
@@ -47,37 +55,70 @@ def timed(owner: Any, name: str, costs: list[float]) -> None:
     setattr(owner, name, call)
 
 
-def costs_of(side: str, streams: int, seed: int) -> dict[str, float]:
-    """Microseconds per step, medians of one engine's steps."""
-    rng = random.Random(seed)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        create_key_file(folder / "key")
-        engine = Engine(
+class Side:
+    """One engine, with as many streams as it has slots.
+
+    Args:
+        name: one of `SIDES`.
+        streams: how many.
+        folder: for its key and its log of steps.
+    """
+
+    def __init__(self, name: str, streams: int, folder: Path) -> None:
+        folder.mkdir()
+        self.engine = Engine(
             [
                 "--emulate", "llama-3-8b-a100-80g", "--dilation", "0", "--max-model-len", "1024",
-                "--max-num-seqs", str(streams), "--kv-role", "decode", "--kv-key-file", str(folder / "key"),
-                "--kv-control-port", str(_free_port()), "--kv-scheduling", side,
-                *(("--kv-step-log", str(folder / "steps")) if side == "phase" else ()),
+                "--max-num-seqs", str(streams), *(_role_flags(name, folder) if name != "stock" else ()),
             ]
         )  # fmt: skip
+        self._costs: dict[str, list[float]] = {call: [] for call in CALLS}
+        rng = random.Random(streams)
         wish = SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True)
-        names = [engine.add([rng.randrange(5000, 27000) for _ in range(32)], wish) for _ in range(streams)]
-        engine.run_until(lambda: all(engine.answers[name].tokens for name in names))
-        for _ in range(WARM_STEPS):
-            engine.step()
-        costs: Costs = {"schedule": [], "update": [], "note a step": [], "write and learn": []}
-        scheduler = engine.scheduler
-        timed(scheduler, "schedule", costs["schedule"])
-        timed(scheduler, "update_from_output", costs["update"])
-        timed(scheduler, "_after", costs["note a step"])
-        timed(scheduler.measure, "done", costs["write and learn"])
-        for _ in range(STEPS):
-            engine.step()
-        engine.core.abort_requests(names)
-        engine.settle()
-        engine.stop()
-    return {name: 1e6 * statistics.median(found) for name, found in costs.items()}
+        self._names = [self.engine.add([rng.randrange(5000, 27000) for _ in range(32)], wish) for _ in range(streams)]
+        self.engine.run_until(lambda: all(self.engine.answers[name].tokens for name in self._names))
+        for call in CALLS[:2] if name == "stock" else CALLS:
+            owner, _, method = f"scheduler.{call}".rpartition(".")
+            timed(operator.attrgetter(owner)(self.engine), method, self._costs[call])
+
+    def turn(self, steps: int) -> Costs:
+        """Microseconds per step, medians of so many steps."""
+        for found in self._costs.values():
+            found.clear()
+        for _ in range(steps):
+            self.engine.step()
+        return {call: 1e6 * statistics.median(found) if found else 0.0 for call, found in self._costs.items()}
+
+    def stop(self) -> None:
+        """End it."""
+        self.engine.core.abort_requests(self._names)
+        self.engine.settle()
+        self.engine.stop()
+
+
+def _role_flags(scheduling: str, folder: Path) -> list[str]:
+    create_key_file(folder / "key")
+    flags = [
+        "--kv-role", "decode", "--kv-key-file", str(folder / "key"), "--kv-control-port", str(_free_port()),
+        "--kv-scheduling", scheduling,
+    ]  # fmt: skip
+    return [*flags, "--kv-step-log", str(folder / "steps")] if scheduling == "phase" else flags
+
+
+def costs_of(streams: int, repetitions: int) -> list[dict[str, Costs]]:
+    """Each side's costs, of each repetition."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {name: Side(name, streams, Path(folder) / name) for name in SIDES}
+        for side in sides.values():
+            side.turn(WARM_STEPS)
+        for repetition in range(repetitions):
+            line = SIDES if repetition % 2 == 0 else SIDES[::-1]
+            turns = {name: sides[name].turn(STEPS) for name in line}
+            found.append({name: turns[name] for name in SIDES})
+        for side in sides.values():
+            side.stop()
+    return found
 
 
 def _free_port() -> int:
@@ -86,23 +127,39 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def report(found: dict[int, dict[str, list[dict[str, float]]]], about: dict[str, str]) -> str:
+def report(found: dict[int, list[dict[str, Costs]]], about: dict[str, str]) -> str:
     """As Markdown."""
     lines = []
-    for streams, sides in found.items():
-        for side, runs in sides.items():
-            cells = [_spread([run[name] for run in runs]) for name in ("schedule", "update")]
-            noted = [run["note a step"] + run["write and learn"] for run in runs]
-            lines.append((str(streams), f"`{side}`", *cells, _spread(noted)))
-    head = ("streams", "`--kv-scheduling`", "schedule, µs", "update, µs", "of these, the step log, µs")
+    for streams, turns in found.items():
+        for side in SIDES:
+            costs = [turn[side] for turn in turns]
+            more = [_whole(turn[side]) - _whole(turn["stock"]) for turn in turns]
+            lines.append(
+                (
+                    str(streams),
+                    "none: stock vLLM" if side == "stock" else f"`{side}`",
+                    _spread([cost["schedule"] for cost in costs]),
+                    _spread([cost["update_from_output"] for cost in costs]),
+                    _spread([cost["_after"] + cost["measure.done"] for cost in costs]) if side != "stock" else "",
+                    _spread(more) if side != "stock" else "",
+                )
+            )
+    head = (
+        "streams", "`--kv-scheduling`", "schedule, µs", "update, µs", "of these, noting steps, µs",
+        "both, more than stock, µs",
+    )  # fmt: skip
     text = (
-        "Processor time per step of a decode engine's scheduler: medians over steps, then over repetitions, least and "
-        "most in brackets. `phase` plans, notes each step, writes it to `--kv-step-log` and learns from it; `vllm` "
-        "notes it and learns."
+        "Processor time per step of a decode engine's scheduler: medians over the steps of a turn, then over turns, "
+        "least and most in brackets; the last column is of pairs of turns. `phase` plans, notes each step, writes it "
+        "to `--kv-step-log` and learns from it; `vllm` notes it and learns."
     )
     return "\n".join(
         ["# What the schedulers cost the host", "", text, "", table(head, lines), "", fact_list(about), ""]
     )
+
+
+def _whole(costs: Costs) -> float:
+    return costs["schedule"] + costs["update_from_output"]
 
 
 def _spread(values: list[float]) -> str:
@@ -112,18 +169,12 @@ def _spread(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, nargs="+", default=[8, 64, 256])
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=6)
     parser.add_argument("--out", type=Path, default=None, help="folder for the result; nothing is written without it")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
-    found: dict[int, dict[str, list[dict[str, float]]]] = {
-        streams: {"vllm": [], "phase": []} for streams in options.streams
-    }
     with OtherLoad() as other_load:
-        for repetition in range(options.repetitions):
-            for streams, sides in found.items():
-                for side in sorted(sides, reverse=repetition % 2 == 0):
-                    sides[side].append(costs_of(side, streams, repetition))
+        found = {streams: costs_of(streams, options.repetitions) for streams in options.streams}
     about = facts("benchmarks.scheduler_cost", other_load)
     text = report(found, about)
     print(text)

@@ -199,6 +199,7 @@ class Deployment:
             flags += [*ours, *row.flags(role, 1.0)] if side == "phase" else []
             return Device(Engine([*flags, *more_flags.get(role, ()), "--kv-role", role]), self.clock)
 
+        self._real_time = planned.time
         planned.time = SimpleNamespace(monotonic=self.clock.monotonic)  # type: ignore[assignment]
         self.prefill, self.decode = device("prefill"), device("decode")
         self.place: dict[str, tuple[int, str]] = {}
@@ -274,10 +275,11 @@ class Deployment:
         return {name: float(value) for name, value in data.items() if not isinstance(value, list)}
 
     def stop(self) -> None:
-        """Come to rest, with empty pools, and end."""
+        """Come to rest, with empty pools, and end. Schedulers that come later have the real time again."""
         for device in (self.decode, self.prefill):
             device.engine.settle()
             device.engine.stop()
+        planned.time = self._real_time
 
 
 def _tell_of_arrivals(engine: Engine) -> None:

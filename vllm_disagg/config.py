@@ -88,7 +88,9 @@ class EngineSettings:
         "their first token is due.",
     )
     batch_tokens: int = setting(
-        0, "L_m: prompt tokens that prefill computes in one step. 0: from --kv-profile, or learned from its steps."
+        0,
+        "L_m: prompt tokens that prefill computes in one step. 0: from --kv-profile, or learned from its steps, and "
+        "more where many wait.",
     )
     held_share: float = setting(
         0.9, "Share of the KV cache that prefill may hold for decode before it stops to admit prompts."

@@ -19,7 +19,7 @@ from vllm_disagg.core.scheduling.rules import Rules
 from vllm_disagg.core.slo import SLO
 from vllm_disagg.errors import ConfigError
 from vllm_disagg.plan_plots import draw_rates, draw_sensitivity, require_matplotlib
-from vllm_disagg.plan_settings import PlanSettings, SimulateSettings
+from vllm_disagg.plan_settings import DeploymentSettings, PlanSettings, SimulateSettings
 from vllm_disagg.planner.candidates import Resources
 from vllm_disagg.planner.cluster import Cluster, EngineOptions, Pool, Scheduling, critical_length
 from vllm_disagg.planner.fit import judge_profile
@@ -245,7 +245,7 @@ def system_of(settings: SimulateSettings) -> System:
         policy, of_prefill = "decode", ("prefill", prefill_budget)
     elif scheduling == "distserve":
         of_prefill = "whole", l_m
-    packs = replace(rules, batch_tokens=l_m)
+    packs = replace(rules, batch_tokens=l_m, backlog=not rules.batch_tokens)
     return System(
         prefill=(engine(settings.prefill_tp, settings.prefill_pp, *of_prefill, packs),) * settings.prefill,
         decode=(engine(settings.tp, settings.pp, policy, settings.max_num_batched_tokens, rules),) * settings.decode,
@@ -323,7 +323,7 @@ def _scheduling(name: str) -> Scheduling:
     return cast(Scheduling, name)
 
 
-def _rules(settings: PlanSettings | SimulateSettings) -> Rules:
+def _rules(settings: DeploymentSettings) -> Rules:
     """The engines' settings; their targets are those of the plan."""
     return Rules(
         prefill_order=cast(PrefillOrder, settings.kv_prefill_order),

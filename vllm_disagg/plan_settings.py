@@ -8,35 +8,18 @@ from vllm_disagg.config import EngineSettings, default_of, setting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanSettings:
-    """What to plan for."""
+class DeploymentSettings:
+    """What `plan` and `simulate` have in common: the engines, their settings and their targets."""
 
     profile: str = setting("opt-13b-a100-80g", "Step times: a profile by name, or the path of a JSON file.")
     model: str | None = setting(None, "Which model, where the profile's file holds several.")
-    prefill_profile: str | None = setting(
-        None, "Profile of the same model on prefill's devices, if they are of another kind."
-    )
-    workload: str = setting(
-        "sharegpt-like",
-        "Requests: sharegpt-like, humaneval-like, longbench-like, fixed:PROMPT/OUTPUT, or the path of a trace "
-        "(Mooncake, ShareGPT, Azure, BurstGPT), which is resampled.",
-    )
-    cv: float = setting(1.0, "Variability of the times between arrivals: 1 is a Poisson process, more comes in bursts.")
     slo_ttft_s: float = setting(0.25, "Target for the time to first token, seconds.")
     slo_tpot_s: float = setting(0.1, "Target for the time per output token, seconds.")
-    goal: float = setting(0.9, "Share of the requests that have to meet both targets.")
-    rate: float | None = setting(None, "Requests per second to serve. Without it: the most per device.")
-    nodes: int = setting(1, "Nodes of the cluster.")
-    devices_per_node: int = setting(8, "Devices in each.")
-    intra_link: str = setting("nvlink", "Link of each device inside its node: none, nvlink, pcie5, 200g or 25g.")
-    inter_link: str = setting("25g", "Link of each node to the others, likewise.")
-    price: float = setting(1.0, "Price of a device, in any unit. Placements are ranked by goodput per price.")
-    prefill_price: float | None = setting(None, "Price of one of prefill's devices, if it is another.")
     first_token: str = setting("decode", "Who sends the first token: decode, as this project does, or prefill.")
     kv_scheduling: str = setting(
         "phase",
         "How instances with a role schedule: phase or vllm, as the engines' flag of that name; distserve packs whole "
-        "prompts up to L_m as they came, as the paper's engine does.",
+        "prompts up to L_m as they came, as the paper's engine does. Colocated instances have none.",
     )
     kv_prefill_order: str = setting(
         default_of(EngineSettings, "prefill_order"), "With phase, the engines' flag of that name: fcfs, sjf or edf."
@@ -50,6 +33,29 @@ class PlanSettings:
     )
     step_overhead_ms: float = setting(0.0, "Host time per engine step during which the device waits.")
     handoff_ms: float = setting(0.0, "From a prompt's end to the request's arrival at decode, without the KV.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSettings(DeploymentSettings):
+    """What to plan for."""
+
+    prefill_profile: str | None = setting(
+        None, "Profile of the same model on prefill's devices, if they are of another kind."
+    )
+    workload: str = setting(
+        "sharegpt-like",
+        "Requests: sharegpt-like, humaneval-like, longbench-like, fixed:PROMPT/OUTPUT, or the path of a trace "
+        "(Mooncake, ShareGPT, Azure, BurstGPT), which is resampled.",
+    )
+    cv: float = setting(1.0, "Variability of the times between arrivals: 1 is a Poisson process, more comes in bursts.")
+    goal: float = setting(0.9, "Share of the requests that have to meet both targets.")
+    rate: float | None = setting(None, "Requests per second to serve. Without it: the most per device.")
+    nodes: int = setting(1, "Nodes of the cluster.")
+    devices_per_node: int = setting(8, "Devices in each.")
+    intra_link: str = setting("nvlink", "Link of each device inside its node: none, nvlink, pcie5, 200g or 25g.")
+    inter_link: str = setting("25g", "Link of each node to the others, likewise.")
+    price: float = setting(1.0, "Price of a device, in any unit. Placements are ranked by goodput per price.")
+    prefill_price: float | None = setting(None, "Price of one of prefill's devices, if it is another.")
     seeds: int = setting(5, "Workloads to measure the best placements with; their spread is the interval.")
     processes: int = setting(2, "Cores that search.")
     accept_fit: bool = setting(
@@ -66,11 +72,9 @@ class PlanSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SimulateSettings:
+class SimulateSettings(DeploymentSettings):
     """What to simulate."""
 
-    profile: str = setting("opt-13b-a100-80g", "Step times: a profile by name, or the path of a JSON file.")
-    model: str | None = setting(None, "Which model, where the profile's file holds several.")
     workload: str = setting("sharegpt-like", "Requests, as for `plan`. A trace is replayed in its own order.")
     cv: float = setting(1.0, "Variability of the times between arrivals, as for `plan`.")
     prefill: int = setting(0, "Number of prefill instances. 0: the others are colocated ones.")
@@ -82,28 +86,9 @@ class SimulateSettings:
     policy: str = setting("chunked", "How colocated instances form steps: chunked, whole or prefill_first.")
     max_num_batched_tokens: int = setting(2048, "Tokens per step of a decode or colocated instance.")
     max_num_seqs: int = setting(1024, "Running requests of an instance.")
-    kv_scheduling: str = setting(
-        "phase",
-        "How instances with a role schedule: phase, vllm or distserve, as for `plan`. Colocated ones have none.",
-    )
-    kv_prefill_order: str = setting(
-        default_of(EngineSettings, "prefill_order"), "With phase, the engines' flag of that name: fcfs, sjf or edf."
-    )
-    kv_batch_tokens: int = setting(0, "L_m, the engines' flag of that name. 0: from the profile.")
-    kv_held_share: float = setting(
-        default_of(EngineSettings, "held_share"), "With phase, the engines' flag of that name."
-    )
-    kv_patience_s: float = setting(
-        default_of(EngineSettings, "patience_s"), "With phase, the engines' flag of that name."
-    )
     link: str = setting("nvlink", "Link between instances: none, nvlink, pcie5, 200g or 25g.")
-    first_token: str = setting("decode", "Who sends the first token: decode, as this project does, or prefill.")
-    step_overhead_ms: float = setting(0.0, "Host time per engine step during which the device waits.")
-    handoff_ms: float = setting(0.0, "From a prompt's end to the request's arrival at decode, without the KV.")
     rates: str = setting("0.5,1,2,4,8", "Requests per second, one run for each.")
     requests: int = setting(5000, "Requests of a run.")
-    slo_ttft_s: float = setting(0.25, "Target for the time to first token, seconds.")
-    slo_tpot_s: float = setting(0.1, "Target for the time per output token, seconds.")
     seed: int = setting(0, "Of the workload.")
     out: str | None = setting(None, "Write the results as JSON to this file.")
     plot: str | None = setting(

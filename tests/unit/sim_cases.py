@@ -53,6 +53,7 @@ _rules = st.builds(
     Rules,
     prefill_order=st.sampled_from(["fcfs", "fcfs", "sjf", "edf"]),
     batch_tokens=st.sampled_from([0, 40, 120]),
+    backlog=st.booleans(),
     held_share=st.sampled_from([0.3, 0.9]),
     patience_s=st.sampled_from([0.2, 30.0]),
     slo_ttft_s=st.sampled_from([0.1, 2.0]),

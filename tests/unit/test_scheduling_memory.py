@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from vllm_disagg.core.latency import LatencyModel, Regime, StepWork, work_of
 from vllm_disagg.core.scheduling.growth import (
+    ENOUGH,
     LEAST_QUANTILE,
+    PRIOR,
     OutputLengths,
     has_room,
     next_headroom,
@@ -68,6 +70,19 @@ def test_expected_lengths_follow_what_was_seen() -> None:
     assert lengths.remaining("code", quantile=0.75, generated=0, most=4096) == 1000
     assert lengths.remaining("new", quantile=0.75, generated=0, most=4096) >= 76  # a kind without answers: all kinds
     assert 1 <= lengths.remaining("chat", quantile=0.75, generated=5000, most=10**6) <= 5000
+
+
+@law
+@given(st.lists(st.integers(1, 900), max_size=ENOUGH - 1), st.integers(0, 900), st.floats(0, 1))
+def test_missing_answers_count_as_guesses(values: list[int], generated: int, quantile: float) -> None:
+    lengths, guess = OutputLengths(), max(PRIOR, 2 * generated)
+    for value in values:
+        lengths.add("k", value)
+    known = sorted([value for value in values if value > generated] + [guess] * (ENOUGH - len(values)))
+
+    remaining = lengths.remaining("k", quantile=quantile, generated=generated, most=4096)
+
+    assert generated + remaining == known[min(len(known) - 1, int(quantile * len(known)))]
 
 
 @law
@@ -157,6 +172,14 @@ def test_the_stream_that_can_best_afford_it_gives_way() -> None:
 
     assert keep_order([ahead, behind, costly, often, unimportant]) == [3, 2, 1, 0, 4]
     assert keep_order([ahead, ahead, ahead]) == [0, 1, 2]
+
+
+def test_of_those_that_can_afford_it_the_cheapest_gives_way() -> None:
+    far_ahead = Stream(ahead_s=9.0, recompute_s=0.5)
+    cheap = Stream(ahead_s=1.0, recompute_s=0.1)
+    cheap_but_late = Stream(ahead_s=0.05, recompute_s=0.1)
+
+    assert keep_order([cheap, far_ahead, cheap_but_late]) == [2, 1, 0]
 
 
 def test_a_stream_is_ahead_by_what_its_tokens_had_time_for() -> None:

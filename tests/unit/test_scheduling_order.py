@@ -11,9 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vllm_disagg.core.latency import work_of
 from vllm_disagg.core.queueing import one_device_s
 from vllm_disagg.core.scheduling.order import AGEING, Policy, Prompt, on_time, order
-from vllm_disagg.core.scheduling.packing import MAX_PASSES, even_limit, pack
+from vllm_disagg.core.scheduling.pace import critical_length
+from vllm_disagg.core.scheduling.packing import MAX_PASSES, backlog_limit, even_limit, pack
+from vllm_disagg.profiles import load_profile
 
 law = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 POLICIES: tuple[Policy, ...] = ("fcfs", "sjf", "edf")
@@ -191,6 +194,33 @@ def test_steps_of_a_pipeline_are_as_equal_as_they_can_be(total: int, limit: int,
     assert -(-total // even) == -(-total // limit)  # not one step more
     if stages > 1 and total > limit:
         assert total - even * (total // even) == 0 or even - total % even < -(-total // even)
+
+
+@law
+@given(st.integers(0, 100_000), st.integers(1, 2048), st.integers(0, 8192), st.integers(1, 4))
+def test_a_long_line_gets_larger_steps(waiting: int, limit: int, more: int, stages: int) -> None:
+    found = backlog_limit(waiting, limit, limit + more, stages)
+
+    assert limit <= found <= limit + more
+    assert found == limit if waiting <= 3 * limit else found <= waiting  # what three steps hold is no long line
+    assert found <= backlog_limit(waiting + 100, limit, limit + more, stages)
+
+
+def test_a_long_line_waits_less_in_larger_steps() -> None:
+    """Prompts of 16 tokens on an A100: how long they wait for their first tokens on average, as the limit says and with
+    other sizes of a step."""
+    latency = load_profile("llama-3-8b-a100-80g").entry(1).latency
+    limit = critical_length(latency, longest=2048)
+
+    def mean_wait_s(count: int, size: int) -> float:
+        steps = [min(size, count - first) for first in range(0, count, size)]
+        ends = itertools.accumulate(latency.step_s(work_of([(0, 16)] * step)) for step in steps)
+        return sum(step * end_s for step, end_s in zip(steps, ends, strict=True)) / count
+
+    for count in (200, 400, 800):
+        found = mean_wait_s(count, backlog_limit(16 * count, limit, 8192, 1) // 16)
+        assert found < mean_wait_s(count, limit // 16)
+        assert found < 1.02 * min(mean_wait_s(count, size) for size in range(8, 200))
 
 
 def test_fcfs_one_at_a_time_waits_as_the_formula_says() -> None:

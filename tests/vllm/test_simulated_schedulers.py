@@ -101,6 +101,7 @@ def system_of(case: Case, deployment: Deployment) -> System:
             rules=Rules(
                 prefill_order=settings.prefill_order,
                 batch_tokens=getattr(scheduler, "batch_tokens", 0),
+                backlog=not settings.batch_tokens,
                 held_share=settings.held_share,
                 patience_s=settings.patience_s,
                 slo_ttft_s=settings.slo_ttft_s,

@@ -123,7 +123,7 @@ class Resources:
         )
         match options.scheduling:
             case "phase":
-                rules = replace(options.rules, batch_tokens=l_m)
+                rules = replace(options.rules, batch_tokens=l_m, backlog=not options.rules.batch_tokens)
                 return self._engine(profile, shape, "prefill", options.prefill_budget, rules)
             case "distserve":
                 return self._engine(profile, shape, "whole", l_m)

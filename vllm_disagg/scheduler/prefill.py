@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_disagg.core.scheduling.order import Prompt, order, own_s
-from vllm_disagg.core.scheduling.packing import LOOK_AHEAD, even_limit, is_full, pack
+from vllm_disagg.core.scheduling.packing import LOOK_AHEAD, backlog_limit, even_limit, is_full, pack
 from vllm_disagg.scheduler.planned import BATCH_TOKENS, PlannedMixin
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ class PrefillMixin(PlannedMixin):
         ]
         costs = [self._cost(ready[place]) for place in places]
         under_way = sum(self._rest(item) for item in self.running)
+        most = limit if self.settings.batch_tokens else self.max_num_scheduled_tokens
+        limit = backlog_limit(sum(ready[place].num_tokens for place in places), limit, most, self._stages)
         limit = even_limit(sum(tokens for tokens, _ in costs), limit_tokens=limit, stages=self._stages) - under_way
         head = self.facts_of(ready[places[0]]) if places else None
         packed = pack(

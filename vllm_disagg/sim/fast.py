@@ -130,7 +130,8 @@ def _engines(system: System, chunk_tokens: int, max_seqs: int, max_stages: int) 
         ):
             E[i, column] = k.NONE
         rules = engine.rules
-        E[i, k.ORDER], E[i, k.BATCH_TOKENS] = get_args(Order).index(rules.prefill_order), engine.batch_tokens
+        E[i, k.ORDER] = get_args(Order).index(rules.prefill_order)
+        E[i, k.BATCH_TOKENS], E[i, k.MOST_BATCH] = engine.batch_tokens, engine.most_batch_tokens
         F[i, : k.NUM_F] = (
             engine.step_overhead_s, engine.request_overhead_s, engine.hop_s, math.nan, 0.0, rules.held_share,
             rules.patience_s, rules.slo_ttft_s, rules.slo_tpot_s,

@@ -93,6 +93,11 @@ class EngineSpec:
         return min(self.max_num_batched_tokens, self.rules.batch_tokens or self.max_num_batched_tokens)
 
     @property
+    def most_batch_tokens(self) -> int:
+        """The most prompt tokens of such a step, however many wait."""
+        return self.max_num_batched_tokens if self.rules.backlog else self.batch_tokens
+
+    @property
     def watermark_blocks(self) -> int:
         """Blocks kept free at admission."""
         return int(self.watermark * self.num_blocks)

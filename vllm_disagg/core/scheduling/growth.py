@@ -22,10 +22,10 @@ WINDOW: Final = 512
 """Answers of a kind that are remembered."""
 
 ENOUGH: Final = 16
-"""Answers without which nothing is known."""
+"""Answers that speak for themselves. To fewer, guesses are added up to this number."""
 
 PRIOR: Final = 256
-"""Tokens that an answer is expected to have before anything is known."""
+"""Tokens that an answer is guessed to have before anything is known."""
 
 PROMISE_STEPS: Final = 8
 """How often `promised_blocks` are reckoned anew while nobody comes or goes."""
@@ -42,7 +42,7 @@ def quantile_of(number: int) -> float:
 class OutputLengths:
     """A running quantile of the lengths of answers, for each kind of request and for all of them.
 
-    A kind with too few answers is judged by all kinds; while those are too few as well, by `prior`. The most recent
+    A kind with too few answers is judged by all kinds; while those are too few as well, by `prior` too. The most recent
     `window` answers of a kind count; of kinds, the last `_MAX_KEYS` that had an answer.
 
     Args:
@@ -92,6 +92,9 @@ def remaining_of(
 ) -> int:
     """`OutputLengths.remaining` of one window.
 
+    Where fewer than `ENOUGH` answers are known, each missing one counts as one of `prior` tokens, or of twice what the
+    request has. The first answers to end are the short ones; who is under way is compared with longer ones alone.
+
     Args:
         lengths: past answers, rising.
         count: how many they are.
@@ -103,7 +106,12 @@ def remaining_of(
         return 0
     longer = count - first
     if count < ENOUGH:
-        expected = max(prior, 2 * generated)
+        missing, expected = ENOUGH - count, max(prior, 2 * generated)
+        place = min(ENOUGH - 1, first + int(quantile * (ENOUGH - first)))
+        if place < count and lengths[place] < expected:
+            expected = lengths[place]
+        elif place >= missing and lengths[place - missing] > expected:
+            expected = lengths[place - missing]
     elif longer < 1:
         expected = generated + max(ENOUGH, generated // 4)
     else:

@@ -15,10 +15,13 @@ class Rules:
     Args:
         prefill_order, held_share, patience_s, slo_ttft_s, slo_tpot_s: as in `EngineSettings`, which checks them too.
         batch_tokens: L_m, likewise; 0 for as many tokens as a step can have.
+        backlog: whether steps have more than L_m where many wait (`packing.backlog_limit`), as on engines that were not
+            given it.
     """
 
     prefill_order: PrefillOrder = default_of(EngineSettings, "prefill_order")
     batch_tokens: int = default_of(EngineSettings, "batch_tokens")
+    backlog: bool = False
     held_share: float = default_of(EngineSettings, "held_share")
     patience_s: float = default_of(EngineSettings, "patience_s")
     slo_ttft_s: float = default_of(EngineSettings, "slo_ttft_s")

@@ -24,6 +24,7 @@ from vllm_disagg.sim.kernel.state import (
     KEPT,
     KNOWN,
     LINE,
+    MOST_BATCH,
     NEXT,
     NONE,
     NUM_CHUNKS,
@@ -49,6 +50,7 @@ from vllm_disagg.sim.kernel.times import regime_of
 
 _is_full = inner(packing.is_full)
 _choose = inner(packing.choose)
+_backlog_limit = inner(packing.backlog_limit)
 _even_limit = inner(packing.even_limit)
 _rank = inner(ordering.rank)
 _keep_on_time = inner_with_lists(ordering.keep_on_time)
@@ -61,9 +63,12 @@ def plan_prompts(R, T, E, F, table, ids, left, G, ranks, i, now_s):
     if E[i, WAITING] == NONE or _is_full(E[i, HELD_BLOCKS], F[i, HELD_SHARE], E[i, BLOCKS]):
         return ZERO
     num = _line_up(R, T, E, F, table, G, ranks, i, now_s)
-    under_way = total = ZERO
+    under_way = total = waiting = ZERO
     for k in range(E[i, RUNNING]):
         under_way += R[E[i, NUM_E + k], KNOWN] - R[E[i, NUM_E + k], COMPUTED]
+    for k in range(num):
+        waiting += R[G[LINE, k], KNOWN]
+    limit = _backlog_limit(waiting, E[i, BATCH_TOKENS], E[i, MOST_BATCH], E[i, STAGES])
     free = E[i, FREE] - (E[i, WATERMARK] if E[i, RUNNING] > 0 else 0)
     spare, looks = ZERO, True
     for k in range(num):
@@ -77,8 +82,8 @@ def plan_prompts(R, T, E, F, table, ids, left, G, ranks, i, now_s):
         G[BLOCKS_OF, k] = price(E, R, ids, left, i, r, found, R[r, KNOWN])
         total += G[TOKENS_OF, k]
         if k == 0 and E[i, STAGES] == 1 and G[BLOCKS_OF, 0] <= free:  # in a pipeline the sum of all matters
-            spare, looks = E[i, BATCH_TOKENS] - under_way - G[TOKENS_OF, 0], False
-    limit = _even_limit(total, E[i, BATCH_TOKENS], E[i, STAGES]) - under_way
+            spare, looks = limit - under_way - G[TOKENS_OF, 0], False
+    limit = _even_limit(total, limit, E[i, STAGES]) - under_way
     head = G[LINE, 0]
     count = _choose(G[TOKENS_OF], G[BLOCKS_OF], num, limit, free, R[head, PASSES], packing.MAX_PASSES, G[CHOSEN])
     if count > 0 and G[BLOCKS_OF, 0] > free:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from vllm_disagg.core.scheduling.order import Prompt, order, own_s
-from vllm_disagg.core.scheduling.packing import LOOK_AHEAD, even_limit, is_full, pack
+from vllm_disagg.core.scheduling.packing import LOOK_AHEAD, backlog_limit, even_limit, is_full, pack
 from vllm_disagg.sim.reference.state import Engine, Request
 
 
 def plan_prompts(engine: Engine, now_s: float) -> list[Request]:
-    """Whole prompts, up to L_m, in the order that was chosen.
+    """Whole prompts, up to L_m or more where many wait, in the order that was chosen.
 
     The engine's fallback, to leave it to vLLM where nothing fits although nothing is held, has no place here: a prompt
     that does not fit an empty cache is refused on arrival.
@@ -19,7 +19,9 @@ def plan_prompts(engine: Engine, now_s: float) -> list[Request]:
     line = _line_up(engine, now_s)
     costs = [_cost(engine, request) for request in line]
     under_way = sum(request.rest for request in engine.running)
-    limit = even_limit(sum(tokens for tokens, _ in costs), limit_tokens=spec.batch_tokens, stages=spec.pp) - under_way
+    waiting = sum(request.known for request in line)
+    limit = backlog_limit(waiting, spec.batch_tokens, spec.most_batch_tokens, spec.pp)
+    limit = even_limit(sum(tokens for tokens, _ in costs), limit_tokens=limit, stages=spec.pp) - under_way
     packed = pack(
         costs,
         limit_tokens=limit,
