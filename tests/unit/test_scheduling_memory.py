@@ -174,14 +174,6 @@ def test_the_stream_that_can_best_afford_it_gives_way() -> None:
     assert keep_order([ahead, ahead, ahead]) == [0, 1, 2]
 
 
-def test_of_those_that_can_afford_it_the_cheapest_gives_way() -> None:
-    far_ahead = Stream(ahead_s=9.0, recompute_s=0.5)
-    cheap = Stream(ahead_s=1.0, recompute_s=0.1)
-    cheap_but_late = Stream(ahead_s=0.05, recompute_s=0.1)
-
-    assert keep_order([cheap, far_ahead, cheap_but_late]) == [2, 1, 0]
-
-
 def test_a_stream_is_ahead_by_what_its_tokens_had_time_for() -> None:
     assert ahead_s(num_tokens=10, tpot_s=0.1, since_first_s=0.4) == pytest.approx(0.6)
 

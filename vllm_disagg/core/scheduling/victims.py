@@ -1,4 +1,4 @@
-"""Who gives way where the KV cache is full: of the streams that can afford to be computed again, the cheapest."""
+"""Who gives way where the KV cache is full: the stream that can best afford to compute everything again."""
 
 from __future__ import annotations
 
@@ -41,20 +41,16 @@ def keep_order(streams: Sequence[Stream]) -> list[int]:
     """The places of `streams`, the one that gives way first at the end.
 
     First by how often they gave way, then by priority, then by slack: what a stream is ahead, less what it costs to
-    compute again. All that have some can afford it: of these the one that costs least gives way, and among equals the
-    one with most slack. Stable, so that equals keep their order.
+    compute again. Stable, so that equals keep their order.
     """
 
-    def key(place: int) -> tuple[int, int, float, float, float]:
+    def key(place: int) -> tuple[int, int, float]:
         stream = streams[place]
         return rank(stream.num_preemptions, stream.priority, stream.ahead_s, stream.recompute_s)
 
     return sorted(range(len(streams)), key=key)
 
 
-def rank(
-    num_preemptions: int, priority: int, ahead_s: float, recompute_s: float
-) -> tuple[int, int, float, float, float]:
+def rank(num_preemptions: int, priority: int, ahead_s: float, recompute_s: float) -> tuple[int, int, float]:
     """Where one stream stands among those that should not give way: smaller is kept longer. See `Stream`."""
-    slack_s = ahead_s - recompute_s
-    return (0 if num_preemptions >= MAX_PREEMPTIONS else 1, priority, min(slack_s, 0.0), -recompute_s, slack_s)
+    return (0 if num_preemptions >= MAX_PREEMPTIONS else 1, priority, ahead_s - recompute_s)

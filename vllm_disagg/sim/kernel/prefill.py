@@ -68,7 +68,7 @@ def plan_prompts(R, T, E, F, table, ids, left, G, ranks, i, now_s):
         under_way += R[E[i, NUM_E + k], KNOWN] - R[E[i, NUM_E + k], COMPUTED]
     for k in range(num):
         waiting += R[G[LINE, k], KNOWN]
-    limit = _backlog_limit(waiting, E[i, BATCH_TOKENS], E[i, MOST_BATCH], E[i, STAGES])
+    most = _backlog_limit(waiting, E[i, BATCH_TOKENS], E[i, MOST_BATCH], E[i, STAGES])
     free = E[i, FREE] - (E[i, WATERMARK] if E[i, RUNNING] > 0 else 0)
     spare, looks = ZERO, True
     for k in range(num):
@@ -82,8 +82,8 @@ def plan_prompts(R, T, E, F, table, ids, left, G, ranks, i, now_s):
         G[BLOCKS_OF, k] = price(E, R, ids, left, i, r, found, R[r, KNOWN])
         total += G[TOKENS_OF, k]
         if k == 0 and E[i, STAGES] == 1 and G[BLOCKS_OF, 0] <= free:  # in a pipeline the sum of all matters
-            spare, looks = limit - under_way - G[TOKENS_OF, 0], False
-    limit = _even_limit(total, limit, E[i, STAGES]) - under_way
+            spare, looks = most - under_way - G[TOKENS_OF, 0], False
+    limit = _even_limit(total, most, E[i, STAGES]) - under_way
     head = G[LINE, 0]
     count = _choose(G[TOKENS_OF], G[BLOCKS_OF], num, limit, free, R[head, PASSES], packing.MAX_PASSES, G[CHOSEN])
     if count > 0 and G[BLOCKS_OF, 0] > free:
