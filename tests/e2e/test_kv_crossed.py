@@ -22,7 +22,8 @@ async def test_decode_receives_every_prompt_token_it_has_not_cached(deployment: 
     assert deployment.decode.metrics(RECEIVED)[RECEIVED] - received == sum(lengths)
     held = deployment.prefill.metrics("vllm_disagg_kv_held_blocks")["vllm_disagg_kv_held_blocks"]
     assert held == 0
-    # a step computes one token of a request: the last prompt token first, then all but the last generated one
+    # Of each prompt the last token is computed here. vLLM counts it where the KV came before the request was looked at,
+    # and with a parked request it does not; each generated token counts once.
     computed = deployment.decode.metrics(COMPUTED)[COMPUTED] - before
     print(f"received {sum(lengths)} prompt tokens, computed {computed} tokens in all")
-    assert computed == len(lengths) * 4
+    assert len(lengths) * 4 <= computed <= len(lengths) * 5
