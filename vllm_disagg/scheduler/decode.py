@@ -54,6 +54,8 @@ class DecodeMixin(PlannedMixin):
         self._holding_at_first: list[Request] = []
         self._short_of_room = False
         self._num_without_room = 0
+        self._without_token: list[Request] = []
+        """Admitted ones whose first token has not been seen."""
         self._outlook = GrowthOutlook()
         self._outlook_of = -1
         self._max_active: int = self.max_num_active_reqs
@@ -85,8 +87,9 @@ class DecodeMixin(PlannedMixin):
     def plan(self, line: Sequence[Request], now_s: float) -> Sequence[Request]:
         """See `PlannedMixin.plan`."""
         reasons = ["kv_growth"] if self._num_without_room else []
+        self._without_token = [item for item in self._without_token if not self._note_first_token(item, now_s)]
         self._keep_who_cannot_afford_it(now_s)
-        self._prompt_tokens_left = left = self._budget(now_s)
+        self._prompt_tokens_left = left = self._budget() if line or self._has_prompts() else None
         if left is not None:
             self.stats.gauge(BATCH_TOKENS, left)
             left -= sum(min(self._rest(item), left) for item in self.running if self._is_prompt(item))
@@ -171,7 +174,25 @@ class DecodeMixin(PlannedMixin):
 
     # Pace: how much of prompts a step may have beside streams.
 
-    def _budget(self, now_s: float) -> int | None:
+    def _has_prompts(self) -> bool:
+        """Whether any request that holds blocks may have more to compute than its next token. Asked in each step, of
+        every running one: cheap."""
+        most = 1 + self.num_spec_tokens
+        return bool(self.kv_holding_waiting) or any(
+            item.num_tokens - item.num_computed_tokens > most for item in self.running
+        )
+
+    def _note_first_token(self, request: Request, now_s: float) -> bool:
+        """Whether a request has had its first token by now, or has ended."""
+        facts = self.facts.get(request.request_id)
+        if facts is None or facts.first_s is not None:
+            return True
+        if request.num_output_tokens:
+            facts.first_s = now_s
+            return True
+        return False
+
+    def _budget(self) -> int | None:
         """Prompt tokens that this step may have; None for as many as vLLM likes."""
         if not self.scheduler_config.enable_chunked_prefill:
             return None
@@ -180,11 +201,8 @@ class DecodeMixin(PlannedMixin):
         for request in self.running:
             if self._is_prompt(request):
                 continue
-            facts = self.facts_of(request)
-            if facts.first_s is None and request.num_output_tokens:
-                facts.first_s = now_s
             streams.append((request.num_computed_tokens, 1))
-            target_s = min(target_s, facts.hints.tpot_s)
+            target_s = min(target_s, self.facts_of(request).hints.tpot_s)
         if not streams:
             return None
         most: int = max(FLOOR_TOKENS, self.max_num_scheduled_tokens - len(streams))
@@ -237,8 +255,10 @@ class DecodeMixin(PlannedMixin):
         if admission and not self._may_come_in(request, parks=bool(kwargs.get("delay_cache_blocks"))):
             return None
         blocks = self._allocate_lent(request, num_new_tokens, num_new_computed_tokens, *args, **kwargs)
-        if admission and blocks is not None and self._holders is not None:
-            self._holders[request.request_id] = self._expected(request)
+        if admission and blocks is not None:
+            self._without_token.append(request)
+            if self._holders is not None:
+                self._holders[request.request_id] = self._expected(request)
         return blocks
 
     def _allocate_lent(
