@@ -297,20 +297,26 @@ def test_an_engine_that_awaits_kv_sleeps_until_something_comes_in(monkeypatch: p
     handled: list[Any] = []
     monkeypatch.setattr(EngineCoreProc, "_process_input_queue", lambda self: handled.append("read"))
     wakeup.install()
+    scheduler = Parked()
+
+    def handle(*item: Any) -> None:
+        handled.append(item)
+        scheduler.only_awaits_kv = item != ("last", None)
+
     engine = SimpleNamespace(
-        scheduler=Parked(), batch_queue=None, input_queue=queue.Queue(),
-        _handle_client_request=lambda *item: handled.append(item),
-    )  # fmt: skip
+        scheduler=scheduler, batch_queue=None, input_queue=queue.Queue(), _handle_client_request=handle
+    )
     loop = threading.Thread(target=EngineCoreProc._process_input_queue, args=(engine,))
     monkeypatch.setattr(wakeup, "LONGEST_SLEEP_S", 60.0)
 
     loop.start()
     loop.join(timeout=0.1)
-    assert loop.is_alive() and handled == []
-    engine.input_queue.put(("abort", ["a"]))
+    assert loop.is_alive() and handled == ["read"]
+    engine.input_queue.put(("abort", ["a"]))  # it still could do nothing
+    engine.input_queue.put(("last", None))
     loop.join(timeout=10.0)
 
-    assert handled == [("abort", ["a"]), "read"]
+    assert not loop.is_alive() and handled == ["read", ("abort", ["a"]), ("last", None)]
 
 
 @pytest.mark.parametrize(("parked", "in_flight"), [(True, None), (False, None), (True, ["a batch"])])
