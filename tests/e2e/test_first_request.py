@@ -19,7 +19,7 @@ from tests.e2e.engines import EmulatedEngine, ForkHost, emulated_engine, fork_ho
 from tests.e2e.legs import case_of, fetch, hold
 from vllm_disagg.core.keys import create_key_file
 
-REPEATS = 3
+REPEATS = 1
 MET, READ = "handshake.done", "transfer.done"
 
 

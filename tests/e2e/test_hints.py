@@ -18,7 +18,7 @@ OUTSTANDING = "vllm_disagg_proxy_outstanding_tokens"
 RUNNING = "vllm:num_requests_running"
 
 
-@pytest.fixture(scope="module", params=["fcfs", "edf"])
+@pytest.fixture(scope="module", params=[pytest.param("fcfs", marks=pytest.mark.full), "edf"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Prefill computes prompts one by one, long ones in several steps."""
     flags = ("--kv-batch-tokens", "16", "--max-num-batched-tokens", "512", "--kv-prefill-order", request.param)

@@ -195,6 +195,7 @@ def test_the_death_of_an_emulated_engine_is_reported_and_it_is_started_again(tmp
         wait_for(lambda: running.ask()[0] == "split", 30)
 
 
+@pytest.mark.full
 def test_a_decode_engine_of_another_dtype_is_refused(tmp_path: Path) -> None:
     asked = ("--emulate", "tiny", "--prefill-arg=--dtype=float32", "--decode-arg=--dtype=bfloat16")
     with up(tmp_path, *asked, model="tiny") as running:
@@ -208,6 +209,7 @@ def test_a_decode_engine_of_another_dtype_is_refused(tmp_path: Path) -> None:
         assert running.output.endswith(errors[0] + "\n")
 
 
+@pytest.mark.full
 def test_an_argument_vllm_refuses_is_reported(tmp_path: Path) -> None:
     with up(tmp_path, "--emulate", "tiny", "--decode-arg=--no-such-flag", model="tiny") as running:
         assert running.process.wait(START_S) == 1
