@@ -57,8 +57,12 @@ PROFILING = LoadShape(prompt_tokens=(8, 320), output_tokens=(3, 32))
 BURSTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 1, 2, 3, 4, 5, 6, 8, 10, 12)
 """Requests of each burst of the profiling loads."""
 
-BURST_SHARES = 9
+BURST_SHARES = 12
 """A profiling load is this part of them."""
+
+STEADY_S, STEADY_SHARE = 10.0, 0.4
+"""A profiling load ends with so many seconds of independent arrivals, at this share of the capacity: a steady load's
+steps come one after the other without the pauses between bursts."""
 
 SHARES = (0.35, 0.5, 0.65)
 """The compared rates, of the capacity: below, at and above the knee, from where requests queue for each other."""
@@ -160,8 +164,8 @@ async def warm_up(server: Server) -> None:
         assert not times.error, f"{server.name} does not work: {times.error}"
 
 
-async def profiling_load(server: Server, sizes: Sequence[int], seed: Sequence[int]) -> None:
-    """Prompts one by one, then bursts of these sizes, each until its last answer."""
+async def profiling_load(server: Server, sizes: Sequence[int], rate_per_s: float, seed: Sequence[int]) -> None:
+    """Prompts one by one, then bursts of these sizes, then independent arrivals, each until its last answer."""
     random = np.random.default_rng(list(seed))
 
     def request(num_prompt_tokens: int, num_output_tokens: int, at_s: float = 0.0) -> Request:
@@ -180,6 +184,7 @@ async def profiling_load(server: Server, sizes: Sequence[int], seed: Sequence[in
         ]
         for size, spacing_s in zip(sizes, cycle(BURST_SPACING_S))
     ]
+    loads.append(poisson(PROFILING, rate_per_s=rate_per_s, seconds=STEADY_S, seed=(*seed, 1)))
     for requests in loads:
         for times in await drive([server.url], requests):
             assert not times.error, f"{server.name}: {times.error}"
@@ -345,7 +350,8 @@ def measure_real(options: argparse.Namespace, folder: Path) -> Measured:
         options.rates = options.rates or tuple(round(share * capacity, 2) for share in SHARES)
         for index, load in enumerate((*compared_loads(options), None)):
             log.new()
-            asyncio.run(profiling_load(server, BURSTS[index % BURST_SHARES :: BURST_SHARES], (options.seed, 7, index)))
+            sizes, seed = BURSTS[index % BURST_SHARES :: BURST_SHARES], (options.seed, 7, index)
+            asyncio.run(profiling_load(server, sizes, STEADY_SHARE * capacity, seed))
             profiling.append(log.new())
             if load is not None:
                 runs.append(asyncio.run(compare(server, log, load, options.cores, engine=REAL)))
