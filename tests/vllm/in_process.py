@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from vllm.config import KVTransferConfig, VllmConfig
@@ -46,6 +46,8 @@ NUM_LAYERS, NUM_HEADS, HEAD_SIZE = 3, 4, 8
 LAYER = "model.layers.{}.self_attn.attn"
 WAIT_S = 10.0
 
+Policy = Literal["fcfs", "priority"]
+
 _numbers = itertools.count()
 
 
@@ -59,6 +61,7 @@ def vllm_config(
     tp: int = 1,
     pp: int = 1,
     verify: VerifyMode = "off",
+    policy: Policy = "fcfs",
 ) -> VllmConfig:
     register()
     settings = EngineSettings(
@@ -85,6 +88,7 @@ def vllm_config(
         enforce_eager=True,
         tensor_parallel_size=tp,
         pipeline_parallel_size=pp,
+        scheduling_policy=policy,
         kv_transfer_config=transfer,
         scheduler_cls=f"vllm_disagg.scheduler.{role}_scheduler",
     )
@@ -186,8 +190,9 @@ class Engine:
         tp: int = 1,
         pp: int = 1,
         verify: VerifyMode = "off",
+        policy: Policy = "fcfs",
     ) -> Engine:
-        config = vllm_config(role, key_file, control_port, lease_s, pull_timeout_s, tp, pp, verify)
+        config = vllm_config(role, key_file, control_port, lease_s, pull_timeout_s, tp, pp, verify, policy)
         config.kv_transfer_config.engine_id = f"{role}-{next(_numbers)}"
         scheduler = build_scheduler(role, config)
         ranks = [Rank.start(config, rank=rank, tp=tp, pp=pp) for rank in range(tp * pp)]
@@ -357,6 +362,7 @@ class Pair:
         prefill: tuple[int, int] = (1, 1),
         decode: tuple[int, int] = (1, 1),
         verify: VerifyMode = "off",
+        policy: Policy = "fcfs",
         **settings: float,
     ) -> None:
         key_file = folder / "key"
@@ -365,7 +371,9 @@ class Pair:
         self.prefill = Engine.start(
             "prefill", key_file, control_port=port, tp=prefill[0], pp=prefill[1], verify=verify, **settings
         )
-        self.decode = Engine.start("decode", key_file, control_port=port, tp=decode[0], pp=decode[1], **settings)
+        self.decode = Engine.start(
+            "decode", key_file, control_port=port, tp=decode[0], pp=decode[1], policy=policy, **settings
+        )
 
     def prefilled(self, token_ids: list[int]) -> dict[str, Any]:
         """Run a prompt on prefill. Returns the parameters for decode, as the proxy builds them."""

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from tests.vllm.in_process import BLOCK_SIZE, Pair, prompt
+from tests.vllm.in_process import BLOCK_SIZE, Pair, Policy, prompt
 from vllm_disagg.connector.reserve import GrowthOutlook, Reserve
 from vllm_disagg.core.scheduling.reserve import reserve_target
 from vllm_disagg.errors import TransportError
@@ -68,8 +68,14 @@ def at_rest(engines: Busy) -> None:
 
 
 @pytest.fixture
-def busy(tmp_path: Path) -> Iterator[Busy]:
-    engines = Busy(tmp_path)
+def policy() -> Policy:
+    """The order of vLLM's queues."""
+    return "fcfs"
+
+
+@pytest.fixture
+def busy(tmp_path: Path, policy: Policy) -> Iterator[Busy]:
+    engines = Busy(tmp_path, policy=policy)
     engines.begin()
     yield engines
     at_rest(engines)
@@ -310,6 +316,7 @@ def test_any_mixture_ends_as_it_began(tmp_path: Path, seed: int) -> None:
     engines.close()
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
 def test_early_kv_does_not_keep_a_longer_prompt_before_it_waiting_for_ever(busy: Busy) -> None:
     """The first in line wants more than the early KV behind it leaves, and nobody else holds any blocks."""
     pool, long, short = busy.decode.pool, prompt(1000, seed=5), prompt(LENGTH, seed=6)

@@ -117,8 +117,7 @@ class DecodeMixin(PlannedMixin):
 
     @contextmanager
     def _planned(self) -> Iterator[None]:
-        self._let_early_ones_go_first()
-        with super()._planned():
+        with self._early_ones_first(), super()._planned():
             if not self._fetch_only:
                 yield
                 return
@@ -138,16 +137,26 @@ class DecodeMixin(PlannedMixin):
                 self.kv_holding_waiting.extend([*ready, *parked])
                 self.stats.count(FETCHED_AHEAD, len(parked))
 
-    def _let_early_ones_go_first(self) -> None:
+    @contextmanager
+    def _early_ones_first(self) -> Iterator[None]:
         """Where nobody runs and nobody is parked, the only blocks in use are those with early KV. Whoever is first in
-        line may want more than the others leave, and nobody but they would ever give some back."""
-        if self.running or self.kv_holding_waiting or not self._is_fcfs:
-            return
-        here = [item for item in self.waiting if self.connector.outlook(item) == "here"]
-        if here and len(here) < len(self.waiting):
-            others = [item for item in self.waiting if item not in here]
-            self.waiting.clear()
-            self.waiting.extend([*here, *others])
+        line may want more than the others leave, and nobody but they would ever give some back. So they go first; where
+        vLLM keeps the line in an order of its own, alone."""
+        early: list[Request] = []
+        if not self.running and not self.kv_holding_waiting:
+            early = [item for item in self.waiting if self.connector.outlook(item) == "here"]
+        if not early or len(early) == len(self.waiting):
+            yield
+        elif self._is_fcfs:
+            self.waiting.remove_requests(early)
+            self.waiting.prepend_requests(reversed(early))
+            yield
+        else:
+            self.waiting.remove_requests(early)
+            with self._without_waiting():
+                for item in early:
+                    self.waiting.add_request(item)
+                yield
 
     def _slots_are_taken(self) -> bool:
         taken: int = len(self.running) + self.num_waiting_for_streaming_input
@@ -292,7 +301,7 @@ class DecodeMixin(PlannedMixin):
 
     def _is_idle(self) -> bool:
         """Whether nobody runs, and nothing is being computed. Whoever is fetched then goes first
-        (`_let_early_ones_go_first`), which only plain queues allow."""
+        (`_early_ones_first`), which only plain queues allow."""
         return not self.running and not self.num_steps_under_way and self._is_fcfs and self._is_unpaused()
 
     def _may_be_fetched_at_once(self, request: Request) -> bool:
