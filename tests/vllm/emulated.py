@@ -167,7 +167,13 @@ class Engine:
         return "gone" if request is None else request.status.name
 
     def blocks_of(self, name: str) -> list[int]:
-        return list(self.scheduler.kv_cache_manager.get_block_ids(name)[0])
+        """A request's blocks, also those into which its KV comes before vLLM has given it any."""
+        blocks = list(self.scheduler.kv_cache_manager.get_block_ids(name)[0])
+        if not blocks and self.scheduler.connector is not None:
+            fetch = self.scheduler.connector._decode._by_request[name]
+            assert fetch.early and not fetch.first
+            blocks = list(fetch.blocks[0])
+        return blocks
 
     def settle(self) -> None:
         """Come to rest, and hold nothing."""
