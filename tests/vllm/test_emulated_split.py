@@ -22,7 +22,6 @@ pytest.importorskip("vllm")
 from vllm.sampling_params import SamplingParams
 
 from tests.vllm.emulated import Engine, Requests, Split, emulated
-from vllm_disagg.connector.fetch import Fetch
 from vllm_disagg.emulation.settings import FAULTS_ENV
 from vllm_disagg.emulation.worker import EmulatedWorker
 from vllm_disagg.transport.base import Copy, Outcome, PeerName, TransferHandle, Transport
@@ -91,7 +90,7 @@ def unequal(deployment: Deployment, whole: Engine, folder: Path, count: int, see
     flags = [*parallel(deployment.tp, deployment.pp), "--emulate-hook-order", deployment.hook_order, *output]
     folder.mkdir()
     split = Split(folder, free_port(), [*flags, *deployment.flags], deployment.decode_flags)
-    requests, found, left, evicted = Requests(seed), [], count, evicted_names(split.decode)
+    requests, found, left = Requests(seed), [], count
     while left:
         wave = min(left, deployment.wave)
         left -= wave
@@ -104,8 +103,7 @@ def unequal(deployment: Deployment, whole: Engine, folder: Path, count: int, see
         answers = split.decode.run(names)
         computed = dict(itertools.chain.from_iterable(decision.new for decision in split.decode.decisions))
         for name, prompt, here in zip(names, prompts, is_local, strict=True):
-            fetched = computed[name] == len(prompt) - 1 or name in evicted
-            assert here or fetched, "decode has computed a prompt that was handed over"
+            assert here or computed[name] == len(prompt) - 1, "decode has computed a prompt that was handed over"
         right = whole.run([whole.add(*pair) for pair in zip(prompts, wishes, strict=True)])
         found += [
             f"{deployment}: {len(prompt)} tokens, {wish}: {answer.words} instead of {expected.words}"
@@ -116,22 +114,7 @@ def unequal(deployment: Deployment, whole: Engine, folder: Path, count: int, see
     split.settle()
     split.stop()
     assert bool(preempted) == deployment.preempts, f"{deployment}: {preempted} preemptions"
-    assert len(evicted) <= count // 50, f"{deployment}: {len(evicted)} computed what was handed over"
     return found
-
-
-def evicted_names(decode: Engine) -> set[str]:
-    """Becomes the requests whose KV came early for all but what decode's prefix cache held, which then was evicted."""
-    side, names = decode.scheduler.connector._decode, set()
-    decline = side._decline
-
-    def declined(fetch: Fetch) -> None:
-        if fetch.refused == "prefix_evicted":
-            names.add(fetch.request_id)
-        decline(fetch)
-
-    side._decline = declined
-    return names
 
 
 def _where(flags: Sequence[bool], value: bool, *columns: Sequence[Any]) -> list[list[Any]]:

@@ -82,6 +82,37 @@ def test_the_first_step_computes_the_last_token(idle: Idle, length: int) -> None
     assert idle.failures() == {}
 
 
+def test_what_the_prefix_cache_holds_is_not_evicted_while_the_rest_comes(idle: Idle) -> None:
+    shared, pool = prompt(2 * BLOCK_SIZE, seed=5), idle.decode.pool
+    idle.decode.run_until_finished(idle.decode.add(shared, None))
+    longer = [*shared, *prompt(LENGTH - len(shared), seed=6)]
+    request_id = idle.decode.add(longer, idle.prefilled(longer), max_tokens=4)
+    idle.until_settled()
+    pool.free_blocks(pool.get_new_blocks(pool.get_num_free_blocks()))  # evicts whatever may be evicted
+
+    output = idle.decode.step()
+
+    assert output.num_scheduled_tokens == {request_id: 1}
+    assert idle.decode.prompt_blocks_are_right(request_id)
+    idle.decode.run_until_finished(request_id)
+    assert idle.failures() == {}
+
+
+def test_a_request_that_goes_lets_go_of_what_the_prefix_cache_holds(idle: Idle) -> None:
+    shared = prompt(2 * BLOCK_SIZE, seed=5)
+    idle.decode.run_until_finished(idle.decode.add(shared, None))
+    longer = [*shared, *prompt(LENGTH - len(shared), seed=6)]
+    idle.prefill.transport.frozen = True
+    request_id = idle.decode.add(longer, idle.prefilled(longer), max_tokens=4)
+    assert idle.decode.scheduler.connector.num_kept_blocks == 2
+
+    idle.decode.abort(request_id)
+    idle.prefill.transport.frozen = False
+
+    idle.settle()
+    assert idle.decode.scheduler.connector.num_kept_blocks == 0
+
+
 @pytest.mark.parametrize("presses_back", [False, True])
 def test_so_it_is_where_vllm_orders_the_requests(idle: Idle, presses_back: bool) -> None:
     scheduler = idle.decode.scheduler

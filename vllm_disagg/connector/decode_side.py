@@ -294,6 +294,11 @@ class DecodeSide:
         return sum(map(len, fetch.blocks)) if fetch is not None and fetch.early else 0
 
     @property
+    def num_kept_blocks(self) -> int:
+        """Cached blocks that early fetches keep from eviction, and nobody else uses."""
+        return self._early.num_kept
+
+    @property
     def num_followed(self) -> int:
         """Requests that came with a handoff and use its KV, and blocks that are not settled or not quiet."""
         gone = sum(fetch.request_id not in self._by_request for fetch in self._pulling.values())

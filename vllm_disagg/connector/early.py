@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from vllm_disagg.connector.control_client import DecodeControl
@@ -39,6 +40,8 @@ class EarlyFetches:
         self._control, self._handoffs, self._lives, self._reserve = control, handoffs, lives, reserve
         self._block_size = handoffs.block_size
         self._arrived: dict[str, Fetch] = {}
+        self._kept: Counter[int] = Counter()
+        """Our references on cached blocks."""
         self._pool: BlockPool | None = None
 
     def bind_block_pool(self, pool: BlockPool) -> None:
@@ -85,6 +88,7 @@ class EarlyFetches:
         if not self._handoffs.use(handoff):
             self._reserve.put_back(blocks)
             return
+        kept = self._keep(cached) if idle else ()
         now_s = time.monotonic()
         self._arrived[request.request_id] = Fetch(
             request_id=request.request_id,
@@ -94,6 +98,7 @@ class EarlyFetches:
             early=True,
             blocks=(blocks,),
             first=first,
+            kept=kept,
             parked_s=now_s,
         )
         read = BeginRead(
@@ -145,7 +150,10 @@ class EarlyFetches:
             if again == list(blocks):
                 return True
             self._pool.free_blocks([self._pool.blocks[block] for block in again])
-        elif tuple(block_ids[0][fetch.first : fetch.first + len(blocks)]) == blocks[: len(block_ids[0]) - fetch.first]:
+        self._let_go(fetch)
+        if block_ids is not None and (
+            tuple(block_ids[0][fetch.first : fetch.first + len(blocks)]) == blocks[: len(block_ids[0]) - fetch.first]
+        ):
             self._reserve.returned(len(blocks))
             fetch.blocks = ()
             return True
@@ -158,6 +166,7 @@ class EarlyFetches:
 
     def give_back(self, fetch: Fetch) -> None:
         """Its blocks go back to the pool, unread."""
+        self._let_go(fetch)
         if fetch.early and fetch.blocks:
             assert self._pool is not None
             free_blocks(self._pool, self.withdraw(fetch))
@@ -165,6 +174,7 @@ class EarlyFetches:
     def withdraw(self, fetch: Fetch) -> BlockIds:
         """Its blocks, which are the caller's now."""
         assert self._reserve is not None
+        self._let_go(fetch)
         blocks, fetch.blocks = fetch.blocks, ()
         self._reserve.returned(len(blocks[0]))
         return blocks
@@ -174,8 +184,30 @@ class EarlyFetches:
         if self._reserve is not None:
             self._reserve.step(num_running=num_running, outlook=outlook, num_early=num_early)
 
+    @property
+    def num_kept(self) -> int:
+        """Cached blocks that would be free without our references."""
+        blocks = self._pool.blocks if self._pool is not None else ()
+        return sum(blocks[block].ref_cnt == count for block, count in self._kept.items())
+
+    def _keep(self, cached: list[KVCacheBlock]) -> tuple[int, ...]:
+        assert self._pool is not None or not cached
+        if self._pool is not None:
+            self._pool.touch(cached)
+        kept = tuple(block.block_id for block in cached)
+        self._kept.update(kept)
+        return kept
+
+    def _let_go(self, fetch: Fetch) -> None:
+        if fetch.kept:
+            assert self._pool is not None
+            kept, fetch.kept = fetch.kept, ()
+            self._kept -= Counter(kept)
+            free_blocks(self._pool, (kept,))
+
     def _cached_blocks(self, request: Request) -> list[KVCacheBlock]:
-        """The prompt's first blocks, as far as vLLM's prefix cache holds them now. Only a guess: it may change."""
+        """The prompt's first blocks, as far as vLLM's prefix cache holds them now. That may change where they are not
+        kept."""
         if self._pool is None or not self._pool.enable_caching or request.skip_reading_prefix_cache:
             return []
         most = (request.num_prompt_tokens - 1) // self._block_size

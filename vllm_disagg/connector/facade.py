@@ -343,6 +343,11 @@ class DisaggConnector(KVConnectorBase_V1, SupportsHMA):
         """See `DecodeSide.num_early_blocks`."""
         return 0 if self._decode is None else self._decode.num_early_blocks(request)
 
+    @property
+    def num_kept_blocks(self) -> int:
+        """See `DecodeSide.num_kept_blocks`."""
+        return 0 if self._decode is None else self._decode.num_kept_blocks
+
     def reset_cache(self) -> bool | None:
         """The KV cache is being reset, for new weights perhaps: nothing that is held may be read any more."""
         if self._prefill is not None:

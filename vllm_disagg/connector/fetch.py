@@ -35,6 +35,8 @@ class Fetch:
     blocks: BlockIds = ()
     first: int = 0
     """Of an early one: the prompt's block whose KV comes into the first of `blocks`."""
+    kept: tuple[int, ...] = ()
+    """Of an early one: cached blocks before that, which are kept from eviction until vLLM has given them to it."""
     num_tokens: int = 0
     parked_s: float = 0.0
     refused: Cause | None = None

@@ -293,8 +293,7 @@ class DecodeMixin(PlannedMixin):
         if self._holders is None:
             self._holders = {item.request_id: self._holding(item) for item in self._holding_at_first}
         holders = self._holders.values()
-        free = self.kv_cache_manager.block_pool.get_num_free_blocks() + self.connector.num_early_blocks(request)
-        usable = sum(held for held, _ in holders) + free
+        usable = sum(held for held, _ in holders) + self._num_unused() + self.connector.num_early_blocks(request)
         room = int(usable * (1 - self._headroom))
         self._short_of_room = not has_room(holders, self._expected(request), usable_blocks=room)
         return not self._short_of_room
@@ -316,9 +315,12 @@ class DecodeMixin(PlannedMixin):
             return True
         parked = [self._holding(item) for item in self.kv_holding_waiting]
         holders = [*parked, *map(self._expected, self.waiting)]
-        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        usable = sum(early) + sum(held for held, _ in parked) + free
+        usable = sum(early) + sum(held for held, _ in parked) + self._num_unused()
         return has_room(holders, self._expected(request), usable_blocks=int(usable * (1 - self._headroom)))
+
+    def _num_unused(self) -> int:
+        """Blocks that no request has, and no early KV."""
+        return int(self.kv_cache_manager.block_pool.get_num_free_blocks() + self.connector.num_kept_blocks)
 
     def _growth_outlook(self) -> GrowthOutlook:
         """For early reads, which begin before anybody is asked for blocks."""
