@@ -4,9 +4,10 @@
 
 Decode engines of vLLM in this process, whose device takes no time (`tests/vllm/emulated.py`), generate for as many
 streams each: one without a role, that is vLLM's own scheduler, and two with one. They take turns of some steps, and
-who begins alternates. `Scheduler.schedule` and `Scheduler.update_from_output` are timed, and the two calls that note a
-step. What counts is the processor time of the calling thread, so that other work on the machine shows only through the
-caches.
+who begins alternates. In the first load the same streams run all the time; in the second, one ends with about every
+step, and another comes. `Scheduler.schedule` and `Scheduler.update_from_output` are timed, and the two calls that note
+a step. What counts is the processor time of the calling thread, so that other work on the machine shows only through
+the caches.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ WARM_STEPS = 20
 SIDES = ("stock", "vllm", "phase")
 """vLLM without this project, then `--kv-scheduling`."""
 
+LOADS = ("the same streams", "one ends with every step")
 CALLS = ("schedule", "update_from_output", "_after", "measure.done")
+MEAN = "mean of schedule and update_from_output"
 Costs = dict[str, float]
 
 
@@ -61,10 +64,11 @@ class Side:
     Args:
         name: one of `SIDES`.
         streams: how many.
+        load: one of `LOADS`.
         folder: for its key and its log of steps.
     """
 
-    def __init__(self, name: str, streams: int, folder: Path) -> None:
+    def __init__(self, name: str, streams: int, load: str, folder: Path) -> None:
         folder.mkdir()
         self.engine = Engine(
             [
@@ -73,21 +77,33 @@ class Side:
             ]
         )  # fmt: skip
         self._costs: dict[str, list[float]] = {call: [] for call in CALLS}
-        rng = random.Random(streams)
-        wish = SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True)
-        self._names = [self.engine.add([rng.randrange(5000, 27000) for _ in range(32)], wish) for _ in range(streams)]
+        self._rng = random.Random(streams)
+        self._length = 900 if load == LOADS[0] else streams
+        self._comes_and_goes = load != LOADS[0]
+        self._names = [self._add(self._length - place * self._comes_and_goes) for place in range(streams)]
         self.engine.run_until(lambda: all(self.engine.answers[name].tokens for name in self._names))
         for call in CALLS[:2] if name == "stock" else CALLS:
             owner, _, method = f"scheduler.{call}".rpartition(".")
             timed(operator.attrgetter(owner)(self.engine), method, self._costs[call])
 
     def turn(self, steps: int) -> Costs:
-        """Microseconds per step, medians of so many steps."""
+        """Microseconds per step, medians of so many steps, and one mean."""
         for found in self._costs.values():
             found.clear()
         for _ in range(steps):
             self.engine.step()
-        return {call: 1e6 * statistics.median(found) if found else 0.0 for call, found in self._costs.items()}
+            if self._comes_and_goes:
+                self._names = [name if self._runs(name) else self._add(self._length) for name in self._names]
+        costs = {call: 1e6 * statistics.median(found) if found else 0.0 for call, found in self._costs.items()}
+        costs[MEAN] = 1e6 * sum(statistics.fmean(self._costs[call]) for call in CALLS[:2])
+        return costs
+
+    def _add(self, length: int) -> str:
+        wish = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
+        return self.engine.add([self._rng.randrange(5000, 27000) for _ in range(32)], wish)
+
+    def _runs(self, name: str) -> bool:
+        return self.engine.answers[name].finish_reason is None
 
     def stop(self) -> None:
         """End it."""
@@ -105,11 +121,11 @@ def _role_flags(scheduling: str, folder: Path) -> list[str]:
     return [*flags, "--kv-step-log", str(folder / "steps")] if scheduling == "phase" else flags
 
 
-def costs_of(streams: int, repetitions: int) -> list[dict[str, Costs]]:
+def costs_of(streams: int, load: str, repetitions: int) -> list[dict[str, Costs]]:
     """Each side's costs, of each repetition."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        sides = {name: Side(name, streams, Path(folder) / name) for name in SIDES}
+        sides = {name: Side(name, streams, load, Path(folder) / name) for name in SIDES}
         for side in sides.values():
             side.turn(WARM_STEPS)
         for repetition in range(repetitions):
@@ -127,13 +143,27 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def report(found: dict[int, list[dict[str, Costs]]], about: dict[str, str]) -> str:
+def report(found: dict[str, dict[int, list[dict[str, Costs]]]], about: dict[str, str]) -> str:
     """As Markdown."""
+    text = (
+        "Processor time per step of a decode engine's scheduler: medians over the steps of a turn, then over turns, "
+        "least and most in brackets; the last two columns are of pairs of turns, and the very last one of the means of "
+        "turns. `phase` plans, notes each step, writes it to `--kv-step-log` and learns from it; `vllm` notes it and "
+        "learns."
+    )
+    parts = ["# What the schedulers cost the host", "", text, ""]
+    for load, by_streams in found.items():
+        parts += [f"## Load: {load}", "", _table(by_streams), ""]
+    return "\n".join([*parts, fact_list(about), ""])
+
+
+def _table(found: dict[int, list[dict[str, Costs]]]) -> str:
     lines = []
     for streams, turns in found.items():
         for side in SIDES:
             costs = [turn[side] for turn in turns]
             more = [_whole(turn[side]) - _whole(turn["stock"]) for turn in turns]
+            mean = [turn[side][MEAN] - turn["stock"][MEAN] for turn in turns]
             lines.append(
                 (
                     str(streams),
@@ -142,20 +172,14 @@ def report(found: dict[int, list[dict[str, Costs]]], about: dict[str, str]) -> s
                     _spread([cost["update_from_output"] for cost in costs]),
                     _spread([cost["_after"] + cost["measure.done"] for cost in costs]) if side != "stock" else "",
                     _spread(more) if side != "stock" else "",
+                    _spread(mean) if side != "stock" else "",
                 )
             )
     head = (
         "streams", "`--kv-scheduling`", "schedule, µs", "update, µs", "of these, noting steps, µs",
-        "both, more than stock, µs",
+        "both, more than stock, µs", "means, more than stock, µs",
     )  # fmt: skip
-    text = (
-        "Processor time per step of a decode engine's scheduler: medians over the steps of a turn, then over turns, "
-        "least and most in brackets; the last column is of pairs of turns. `phase` plans, notes each step, writes it "
-        "to `--kv-step-log` and learns from it; `vllm` notes it and learns."
-    )
-    return "\n".join(
-        ["# What the schedulers cost the host", "", text, "", table(head, lines), "", fact_list(about), ""]
-    )
+    return table(head, lines)
 
 
 def _whole(costs: Costs) -> float:
@@ -169,12 +193,16 @@ def _spread(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, nargs="+", default=[8, 64, 256])
+    parser.add_argument("--loads", choices=LOADS, nargs="+", default=list(LOADS))
     parser.add_argument("--repetitions", type=int, default=6)
     parser.add_argument("--out", type=Path, default=None, help="folder for the result; nothing is written without it")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     with OtherLoad() as other_load:
-        found = {streams: costs_of(streams, options.repetitions) for streams in options.streams}
+        found = {
+            load: {streams: costs_of(streams, load, options.repetitions) for streams in options.streams}
+            for load in options.loads
+        }
     about = facts("benchmarks.scheduler_cost", other_load)
     text = report(found, about)
     print(text)

@@ -46,6 +46,14 @@ def test_a_step_of_prompts() -> None:
     assert MODEL.step_s(work_of([(0, 10), (0, 20)])) == pytest.approx(1.0 + 0.1 * 30 + 0.001 * 500 + 0.01 * 2)
 
 
+def test_one_prompt_alone_is_a_step_of_one_prompt() -> None:
+    small = Regime(up_to=20, constant_s=2.0, per_token_s=0.01)
+    model = LatencyModel(prefill=(small, PREFILL), decode=(DECODE,))
+
+    for tokens in (0, 1, 2, 20, 21, 3000):
+        assert model.prompt_s(tokens) == model.step_s(work_of([(0, tokens)]))
+
+
 def test_a_step_of_decoding_requests() -> None:
     assert MODEL.step_s(work_of([(9, 1), (19, 1)])) == pytest.approx(0.5 + 0.02 * 2 + 0.003 * 30)
 

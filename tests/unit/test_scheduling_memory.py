@@ -24,7 +24,7 @@ from vllm_disagg.core.scheduling.growth import (
 from vllm_disagg.core.scheduling.hints import BOUNDS, PRIORITY, TPOT, TTFT, clean, hints_of
 from vllm_disagg.core.scheduling.pace import critical_length, prompt_tokens_beside
 from vllm_disagg.core.scheduling.refine import MIN_STEPS, StepTimes
-from vllm_disagg.core.scheduling.victims import MAX_PREEMPTIONS, Stream, ahead_s, keep_order
+from vllm_disagg.core.scheduling.victims import MAX_PREEMPTIONS, ahead_s, rank
 from vllm_disagg.profiles import load_profile
 
 law = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
@@ -164,14 +164,13 @@ def test_l_m_is_where_the_device_gets_busy() -> None:
 
 
 def test_the_stream_that_can_best_afford_it_gives_way() -> None:
-    behind = Stream(ahead_s=-0.1, recompute_s=0.1)
-    costly = Stream(ahead_s=1.0, recompute_s=2.0)
-    ahead = Stream(ahead_s=1.0, recompute_s=0.1)
-    often = Stream(ahead_s=9.0, recompute_s=0.1, num_preemptions=MAX_PREEMPTIONS)
-    unimportant = Stream(ahead_s=-5.0, recompute_s=3.0, priority=1)
+    behind = rank(0, 0, ahead_s=-0.1, recompute_s=0.1)
+    costly = rank(0, 0, ahead_s=1.0, recompute_s=2.0)
+    ahead = rank(0, 0, ahead_s=1.0, recompute_s=0.1)
+    often = rank(MAX_PREEMPTIONS, 0, ahead_s=9.0, recompute_s=0.1)
+    unimportant = rank(0, 1, ahead_s=-5.0, recompute_s=3.0)
 
-    assert keep_order([ahead, behind, costly, often, unimportant]) == [3, 2, 1, 0, 4]
-    assert keep_order([ahead, ahead, ahead]) == [0, 1, 2]
+    assert sorted([ahead, behind, costly, often, unimportant]) == [often, costly, behind, ahead, unimportant]
 
 
 def test_a_stream_is_ahead_by_what_its_tokens_had_time_for() -> None:

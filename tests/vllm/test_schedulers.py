@@ -280,6 +280,27 @@ def test_kv_is_fetched_while_all_run_slots_are_taken(split: Callable[..., Split]
     assert [answer.words for answer in answers] == [answer.words for answer in right]
 
 
+@pytest.mark.parametrize("scheduling", ["phase", "vllm"])
+def test_streams_alone_are_left_to_vllm(
+    split: Callable[..., Split], scheduling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks two of its methods about each stream in each step, so that whatever ours took would be taken as often."""
+    pair = split(decode_flags=("--max-num-seqs", "2", "--kv-scheduling", scheduling))
+    names = pair.hand_over([words(60 + seed, seed) for seed in range(2)], [greedy(30)] * 2)
+    pair.decode.run_until(lambda: all(pair.decode.answers[name].tokens for name in names), "two streams")
+    names.append(pair.decode.add(words(50), greedy(30)))  # has no slot
+    asked: list[str] = []
+    for method in ("_allocate", "_within_budget"):
+        monkeypatch.setattr(pair.decode.scheduler, method, lambda *args, method=method, **kwargs: asked.append(method))
+    for _ in range(10):
+        pair.decode.step()
+    monkeypatch.undo()
+
+    assert not asked
+    assert not pair.decode.scheduler._without_token
+    assert all(len(answer.tokens) == 30 for answer in pair.decode.run(names))
+
+
 TWO_STAGES = ("--pipeline-parallel-size", "2")
 SMALL = ("--num-gpu-blocks-override", "61", "--max-model-len", "400", "--no-enable-prefix-caching")
 

@@ -84,6 +84,8 @@ class DecodeSide:
             reserve=reserve if num_groups == 1 else None,
         )
         self._by_request: dict[str, Fetch] = {}
+        self._adopted: list[Fetch] = []
+        """Of these, those that came early; see `_early_ones`."""
         self._pulling: dict[TransferId, Fetch] = {}
         """Those that the control thread has not settled, also where the request has gone."""
         self._received: dict[str, Fetch] = {}
@@ -229,8 +231,7 @@ class DecodeSide:
 
     def before_step(self, *, num_running: int, outlook: GrowthOutlook) -> None:
         """Called at the start of every step, after `take_reports`: keep the reserve as large as it should be."""
-        num_early = sum(fetch.early for fetch in self._by_request.values())
-        self._early.before_step(num_running=num_running, outlook=outlook, num_early=num_early)
+        self._early.before_step(num_running=num_running, outlook=outlook, num_early=len(self._early_ones()))
 
     def take_reads(self) -> tuple[BeginRead, ...]:
         """The reads that begin with this step."""
@@ -323,6 +324,14 @@ class DecodeSide:
     def _adopt_arrived(self) -> None:
         for fetch in self._early.take_arrived():
             self._by_request[fetch.request_id] = self._pulling[fetch.handoff.transfer_id] = fetch
+            self._adopted.append(fetch)
+
+    def _early_ones(self) -> list[Fetch]:
+        """Requests whose KV comes, or lies, in blocks that are not theirs yet. Asked in each step: of all who have a
+        handoff, which may be as many as run, these are few."""
+        known = self._by_request
+        self._adopted = [item for item in self._adopted if item.early and known.get(item.request_id) is item]
+        return self._adopted
 
     def _landed(self, fetch: Fetch, num_external_tokens: int) -> None:
         """Its blocks hold its KV, and are the request's now (`lent`)."""
@@ -401,9 +410,7 @@ class DecodeSide:
             unsettled = Settled(transfer_id=fetch.handoff.transfer_id, result="failed", cause="overdue", draining=True)
             reports.extend(self._settle(unsettled))
         lost = [
-            fetch
-            for fetch in self._by_request.values()
-            if fetch.early and fetch.settled and not fetch.claimed and fetch.parked_s < limit_s
+            fetch for fetch in self._early_ones() if fetch.settled and not fetch.claimed and fetch.parked_s < limit_s
         ]
         for fetch in lost:  # vLLM has lost the request on its way to the main thread
             if fetch.state not in ENDS:

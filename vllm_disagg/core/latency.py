@@ -107,12 +107,28 @@ class LatencyModel:
         context_s = _at(self.decode, work.num_decodes).per_context_s * work.decode_context
         return max(0.0, _sum(_at(self.prefill, tokens), work, tokens) + context_s)
 
+    def prompt_s(self, tokens: int) -> float:
+        """`step_s` of a step that computes one whole prompt and nothing else; at hand where many are compared."""
+        if tokens <= 1:
+            return self.step_s(StepWork(num_decodes=tokens, decode_context=tokens))
+        regime = _at(self.prefill, tokens)
+        return max(
+            0.0,
+            regime.constant_s
+            + regime.per_token_s * tokens
+            + regime.per_area_s * (tokens * tokens)
+            + regime.per_prefill_s,
+        )
+
     def _decode_s(self, work: StepWork) -> float:
         return _sum(_at(self.decode, work.num_decodes), work, 0)
 
 
 def _at(regimes: tuple[Regime, ...], size: int) -> Regime:
-    return next(regime for regime in regimes if size <= regime.up_to)
+    for regime in regimes:
+        if size <= regime.up_to:
+            return regime
+    raise AssertionError("the last regime has no end")
 
 
 def _sum(regime: Regime, work: StepWork, tokens: int) -> float:

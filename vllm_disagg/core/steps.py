@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from vllm_disagg.errors import ConfigError
 
@@ -27,7 +30,19 @@ class RecordedStep:
 
     def line(self) -> str:
         """As one line of JSON."""
-        return json.dumps([round(self.at_s, 6), round(self.step_s, 6), self.requests], separators=(",", ":")) + "\n"
+        return msgspec.json.encode((round(self.at_s, 6), round(self.step_s, 6), self.requests)).decode() + "\n"
+
+
+def requests_of(step: Any) -> tuple[tuple[int, int], ...]:
+    """`(computed, new)` of each request in a step, in the scheduler's order.
+
+    Args:
+        step: vLLM's `SchedulerOutput`.
+    """
+    computed = {request.req_id: request.num_computed_tokens for request in step.scheduled_new_reqs}
+    cached, new = step.scheduled_cached_reqs, step.num_scheduled_tokens
+    computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    return tuple(zip(map(computed.__getitem__, new), new.values(), strict=True))
 
 
 def read_steps(path: Path) -> list[RecordedStep]:

@@ -22,6 +22,7 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm_disagg import __version__
 from vllm_disagg.core.host import cpu_name, num_bound_cores
 from vllm_disagg.core.profile import ModelShape
+from vllm_disagg.core.steps import requests_of
 from vllm_disagg.errors import ConfigError
 from vllm_disagg.launcher.up import weights_bytes
 from vllm_disagg.profiler.facts import EngineFacts, write_facts
@@ -83,14 +84,6 @@ class StepRecording(Executor):
 
 class RecordingExecutor(StepRecording, MultiprocExecutor):
     """vLLM's usual executor, with a log of its steps."""
-
-
-def requests_of(step: SchedulerOutput) -> tuple[tuple[int, int], ...]:
-    """`(computed, new)` of each request in a step, in the scheduler's order."""
-    computed = {request.req_id: request.num_computed_tokens for request in step.scheduled_new_reqs}
-    cached = step.scheduled_cached_reqs
-    computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-    return tuple((computed[request_id], new) for request_id, new in step.num_scheduled_tokens.items())
 
 
 def bytes_of_weights(model: Any) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.request import RequestStatus
+
 from vllm_disagg.connector.reserve import GrowthOutlook
-from vllm_disagg.core.latency import work_of
 from vllm_disagg.core.scheduling.growth import (
     PROMISE_STEPS,
     OutputLengths,
@@ -17,7 +18,7 @@ from vllm_disagg.core.scheduling.growth import (
     promised_blocks,
 )
 from vllm_disagg.core.scheduling.pace import FLOOR_TOKENS, prompt_tokens_beside
-from vllm_disagg.core.scheduling.victims import Stream, ahead_s, keep_order
+from vllm_disagg.core.scheduling.victims import ahead_s, rank
 from vllm_disagg.scheduler.planned import BATCH_TOKENS, PlannedMixin
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 FIRST_TOKENS = 256
 """Prompt tokens of a step beside streams, while nothing is known of how long they take."""
+
+Holdings = dict[str, tuple[int, int]]
+"""`(held, growth)` by request id; see `growth.holding`."""
 
 WITHOUT_ROOM = "vllm_disagg_sched_without_room_requests"
 WITHOUT_ROOM_TOKENS = "vllm_disagg_sched_without_room_tokens"
@@ -37,7 +41,8 @@ class DecodeMixin(PlannedMixin):
 
     Where vLLM is held on to: `_reserve_prefill_lookahead`, which it asks for each request how many of its tokens the
     step may have; `allocate_slots`, through which each admission goes; and the order of `running`, whose last one gives
-    way first.
+    way first. vLLM calls the two for every stream in every step, so that ours stand in for them only in steps in which
+    they have something to say (`_asked`).
     """
 
     max_num_active_reqs: int
@@ -50,8 +55,11 @@ class DecodeMixin(PlannedMixin):
         self._num_preempted = 0
         self._prompt_tokens_left: int | None = None
         self._fetch_only = False
-        self._holders: dict[str, tuple[int, int]] | None = None
-        self._holding_at_first: list[Request] = []
+        self._holders: Holdings | None = None
+        self._holdings_of_running: Holdings | None = None
+        """Of this step, as far as they were looked at; nothing changes them before it has been scheduled."""
+        self._running_at_first: list[Request] = []
+        self._parked_at_first: list[Request] = []
         self._short_of_room = False
         self._num_without_room = 0
         self._without_token: list[Request] = []
@@ -60,7 +68,7 @@ class DecodeMixin(PlannedMixin):
         self._outlook_of = -1
         self._max_active: int = self.max_num_active_reqs
         self._allocate_slots = self.kv_cache_manager.allocate_slots
-        self.kv_cache_manager.allocate_slots = self._allocate
+        self._reserve_lookahead = self._reserve_prefill_lookahead
 
     def add_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """On an idle engine the request's KV is fetched at once: there is nothing that a step could do before."""
@@ -89,11 +97,10 @@ class DecodeMixin(PlannedMixin):
         reasons = ["kv_growth"] if self._num_without_room else []
         self._without_token = [item for item in self._without_token if not self._note_first_token(item, now_s)]
         self._keep_who_cannot_afford_it(now_s)
-        self._prompt_tokens_left = left = self._budget() if line or self._has_prompts() else None
-        if left is not None:
-            self.stats.gauge(BATCH_TOKENS, left)
-            left -= sum(min(self._rest(item), left) for item in self.running if self._is_prompt(item))
-        if self._slots_are_taken():
+        slots_are_taken = self._slots_are_taken()
+        may_admit = not slots_are_taken and (bool(line) or bool(self.kv_holding_waiting))
+        left = self._set_budget() if may_admit or self._computes_a_prompt() else None
+        if slots_are_taken:
             seen = [item for item in line if self._is_fetch(item)]
             self._fetch_only = bool(seen)
             self.waits_for(reasons, now_s)
@@ -113,29 +120,48 @@ class DecodeMixin(PlannedMixin):
     def _forget_plan(self) -> None:
         self._prompt_tokens_left, self._fetch_only, self._holders = None, False, None
         # Now: while vLLM walks its queues, those that it has looked at are in none of them.
-        self._holding_at_first = [*self.running, *self.kv_holding_waiting]
+        self._running_at_first, self._parked_at_first = list(self.running), list(self.kv_holding_waiting)
 
     @contextmanager
     def _planned(self) -> Iterator[None]:
-        with self._early_ones_first(), super()._planned():
-            if not self._fetch_only:
-                yield
-                return
-            # Every run slot is taken. KV can be fetched all the same: parked requests do not run. So vLLM is told of
-            # one slot more, and of nobody but those whose KV is to be fetched; `_allocate` sees to it that no other
-            # gets in.
-            slots, ready = self._max_active, list(self.kv_holding_waiting)
-            self.max_num_active_reqs = len(self.running) + self.num_waiting_for_streaming_input + 1
+        with (
+            self._early_ones_first(),
+            super()._planned(),
+            self._fetching() if self._fetch_only else nullcontext(),
+            self._asked(),
+        ):
+            yield
+
+    @contextmanager
+    def _fetching(self) -> Iterator[None]:
+        """Every run slot is taken. KV can be fetched all the same: parked requests do not run. So vLLM is told of one
+        slot more, and of nobody but those whose KV is to be fetched; `_allocate` sees to it that no other gets in."""
+        slots, ready = self._max_active, list(self.kv_holding_waiting)
+        self.max_num_active_reqs = len(self.running) + self.num_waiting_for_streaming_input + 1
+        self.kv_holding_waiting.clear()
+        try:
+            yield
+        finally:
+            self._fetch_only = False
+            self.max_num_active_reqs = slots
+            parked = list(self.kv_holding_waiting)
             self.kv_holding_waiting.clear()
-            try:
-                yield
-            finally:
-                self._fetch_only = False
-                self.max_num_active_reqs = slots
-                parked = list(self.kv_holding_waiting)
-                self.kv_holding_waiting.clear()
-                self.kv_holding_waiting.extend([*ready, *parked])
-                self.stats.count(FETCHED_AHEAD, len(parked))
+            self.kv_holding_waiting.extend([*ready, *parked])
+            self.stats.count(FETCHED_AHEAD, len(parked))
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        """vLLM asks us about admissions in a step that may have some, and about prompts in one that has a budget."""
+        allocate_slots, lookahead = self.kv_cache_manager.allocate_slots, self._reserve_prefill_lookahead
+        if (self.waiting or self.kv_holding_waiting) and self._num_slots_taken() < self.max_num_active_reqs:
+            self.kv_cache_manager.allocate_slots = self._allocate
+        if self._prompt_tokens_left is not None:
+            self._reserve_prefill_lookahead = self._within_budget
+        try:
+            yield
+        finally:
+            self.kv_cache_manager.allocate_slots = allocate_slots
+            self._reserve_prefill_lookahead = lookahead
 
     @contextmanager
     def _early_ones_first(self) -> Iterator[None]:
@@ -159,8 +185,10 @@ class DecodeMixin(PlannedMixin):
                 yield
 
     def _slots_are_taken(self) -> bool:
-        taken: int = len(self.running) + self.num_waiting_for_streaming_input
-        return taken >= self._max_active
+        return self._num_slots_taken() >= self._max_active
+
+    def _num_slots_taken(self) -> int:
+        return len(self.running) + self.num_waiting_for_streaming_input
 
     def _comes_from_prefill(self, request: Request) -> bool:
         """Whether its KV would be fetched, or lies here already and is not its own yet."""
@@ -183,13 +211,11 @@ class DecodeMixin(PlannedMixin):
 
     # Pace: how much of prompts a step may have beside streams.
 
-    def _has_prompts(self) -> bool:
-        """Whether any request that holds blocks may have more to compute than its next token. Asked in each step, of
-        every running one: cheap."""
+    def _computes_a_prompt(self) -> bool:
+        """Whether a running request may have more to compute than its next token. Asked in each step, of every one:
+        cheap."""
         most = 1 + self.num_spec_tokens
-        return bool(self.kv_holding_waiting) or any(
-            item.num_tokens - item.num_computed_tokens > most for item in self.running
-        )
+        return any(item.num_tokens - item.num_computed_tokens > most for item in self.running)
 
     def _note_first_token(self, request: Request, now_s: float) -> bool:
         """Whether a request has had its first token by now, or has ended."""
@@ -201,33 +227,38 @@ class DecodeMixin(PlannedMixin):
             return True
         return False
 
-    def _budget(self) -> int | None:
-        """Prompt tokens that this step may have; None for as many as vLLM likes."""
+    def _set_budget(self) -> int | None:
+        """Reckon how many prompt tokens this step may have, and keep to it.
+
+        Returns:
+            What the running prompts leave of them to those that wait; None for as many as vLLM likes.
+        """
         if not self.scheduler_config.enable_chunked_prefill:
             return None
-        streams: list[tuple[int, int]] = []
-        target_s = self.settings.slo_tpot_s
+        prompts: list[Request] = []
+        streams: list[Request] = []
         for request in self.running:
-            if self._is_prompt(request):
-                continue
-            streams.append((request.num_computed_tokens, 1))
-            target_s = min(target_s, self.facts_of(request).hints.tpot_s)
+            (prompts if self._is_prompt(request) else streams).append(request)
         if not streams:
             return None
+        budget = self._prompt_tokens_left = self._budget(streams, prompts)
+        self.stats.gauge(BATCH_TOKENS, budget)
+        return budget - sum(min(self._rest(item), budget) for item in prompts)
+
+    def _budget(self, streams: Sequence[Request], prompts: Sequence[Request]) -> int:
+        """Prompt tokens of a step with these running requests."""
         most: int = max(FLOOR_TOKENS, self.max_num_scheduled_tokens - len(streams))
         latency = self.measure.latency
         if latency is None:
             return min(most, FIRST_TOKENS)
         if not self.measure.trusted:  # a fit is not asked about steps much larger than those it was made of
             most = min(most, max(FIRST_TOKENS, 2 * self.measure.most_prompt_tokens))
-        work = work_of(streams)
-        prompt = next((item for item in self.running if self._is_prompt(item)), None)
         return prompt_tokens_beside(
             latency,
-            num_decodes=work.num_decodes,
-            decode_context=work.decode_context,
-            target_s=target_s,
-            computed=prompt.num_computed_tokens if prompt is not None else 0,
+            num_decodes=len(streams),
+            decode_context=sum(item.num_computed_tokens + 1 for item in streams),
+            target_s=min(self.settings.slo_tpot_s, *(self.facts_of(item).hints.tpot_s for item in streams)),
+            computed=prompts[0].num_computed_tokens if prompts else 0,
             floor=min(FLOOR_TOKENS, most),
             ceiling=most,
         )
@@ -238,15 +269,16 @@ class DecodeMixin(PlannedMixin):
     def _rest(self, request: Request) -> int:
         return int(request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens)
 
-    def _reserve_prefill_lookahead(
+    def _within_budget(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int, *args: Any, **kwargs: Any
     ) -> int:
-        """How many of a request's tokens the step may have: what vLLM thinks, within what is left of the budget."""
+        """`_reserve_prefill_lookahead`: how many of a request's tokens the step may have. What vLLM thinks, within what
+        is left of the budget."""
         left = self._prompt_tokens_left
         if left is not None and num_new_tokens > 1 + self.num_spec_tokens:
             num_new_tokens = min(num_new_tokens, left)
             self._prompt_tokens_left = left - num_new_tokens
-        return int(super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens, *args, **kwargs))
+        return int(self._reserve_lookahead(request, num_computed_tokens, num_new_tokens, *args, **kwargs))
 
     # Memory: who is admitted, who gives way.
 
@@ -256,16 +288,15 @@ class DecodeMixin(PlannedMixin):
         """`KVCacheManager.allocate_slots`; who is not running yet gets blocks only if there is room for its growth, and
         a request whose KV came early gets the blocks that it came into. Where vLLM plans, that is so for requests whose
         KV comes from prefill: the others it admits as it likes."""
-        from vllm.v1.request import RequestStatus
-
-        admission = request.status != RequestStatus.RUNNING and (
-            self._plans or (self._presses_back and bool(kwargs.get("num_external_computed_tokens")))
-        )
+        if request.status == RequestStatus.RUNNING:
+            return self._allocate_slots(request, num_new_tokens, num_new_computed_tokens, *args, **kwargs)
+        admission = self._plans or (self._presses_back and bool(kwargs.get("num_external_computed_tokens")))
         if admission and not self._may_come_in(request, parks=bool(kwargs.get("delay_cache_blocks"))):
             return None
         blocks = self._allocate_lent(request, num_new_tokens, num_new_computed_tokens, *args, **kwargs)
         if admission and blocks is not None:
-            self._without_token.append(request)
+            if self._plans:
+                self._without_token.append(request)
             if self._holders is not None:
                 self._holders[request.request_id] = self._expected(request)
         return blocks
@@ -291,7 +322,8 @@ class DecodeMixin(PlannedMixin):
         if request.num_computed_tokens or request in self.kv_holding_waiting:
             return True  # that was decided when it first got blocks; others wait behind it that hold some
         if self._holders is None:
-            self._holders = {item.request_id: self._holding(item) for item in self._holding_at_first}
+            running = self._holdings_of_running or self._holdings(self._running_at_first)
+            self._holders = running | self._holdings(self._parked_at_first)
         holders = self._holders.values()
         usable = sum(held for held, _ in holders) + self._num_unused() + self.connector.num_early_blocks(request)
         room = int(usable * (1 - self._headroom))
@@ -324,15 +356,20 @@ class DecodeMixin(PlannedMixin):
 
     def _growth_outlook(self) -> GrowthOutlook:
         """For early reads, which begin before anybody is asked for blocks."""
+        self._holdings_of_running = None
         if not (self.settings.early_reads and self._presses_back):
             return self._outlook
         number = len(self.running) + len(self.kv_holding_waiting)
         if number != self._outlook_of or self.current_step % PROMISE_STEPS == 0:
-            holders = [self._holding(item) for item in (*self.running, *self.kv_holding_waiting)]
+            self._holdings_of_running = self._holdings(self.running)
+            holders = [*self._holdings_of_running.values(), *map(self._holding, self.kv_holding_waiting)]
             expected = self._lengths.remaining(None, quantile=0.5, generated=0, most=self.max_model_len)
             self._outlook_of = number
             self._outlook = GrowthOutlook(num_promised=promised_blocks(holders), each=-(-expected // self.block_size))
         return self._outlook
+
+    def _holdings(self, requests: Iterable[Request]) -> Holdings:
+        return {item.request_id: self._holding(item) for item in requests}
 
     def _expected(self, request: Request) -> tuple[int, int]:
         """`(held, growth)` of a request that holds nothing yet, as if its prompt were here."""
@@ -361,19 +398,16 @@ class DecodeMixin(PlannedMixin):
         pool = self.kv_cache_manager.block_pool
         if pool.get_num_free_blocks() >= len(self.running) * (1 + self.num_spec_tokens) or len(self.running) < 2:
             return
-        places = keep_order([self._stream(item, now_s) for item in self.running])
-        self.running[:] = [self.running[place] for place in places]
+        self.running.sort(key=lambda item: self._rank(item, now_s))
 
-    def _stream(self, request: Request, now_s: float) -> Stream:
-        facts, latency = self.facts_of(request), self.measure.latency
+    def _rank(self, request: Request, now_s: float) -> tuple[int, int, float]:
+        facts, latency, tokens = self.facts_of(request), self.measure.latency, request.num_tokens
         since_s = now_s - facts.first_s if facts.first_s is not None else 0.0
-        return Stream(
-            ahead_s=ahead_s(num_tokens=request.num_output_tokens, tpot_s=facts.hints.tpot_s, since_first_s=since_s),
-            recompute_s=(
-                latency.step_s(work_of([(0, request.num_tokens)])) if latency is not None else request.num_tokens * 1e-4
-            ),
-            num_preemptions=request.num_preemptions,
-            priority=facts.hints.priority,
+        return rank(
+            request.num_preemptions,
+            facts.hints.priority,
+            ahead_s=ahead_s(request.num_output_tokens, facts.hints.tpot_s, since_s),
+            recompute_s=latency.prompt_s(tokens) if latency is not None else tokens * 1e-4,
         )
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
@@ -382,8 +416,6 @@ class DecodeMixin(PlannedMixin):
         super()._preempt_request(request, *args, **kwargs)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        from vllm.v1.request import RequestStatus
-
         if request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
             self._lengths.add(self._kind(request), request.num_output_tokens)
         return super()._free_request(request, *args, **kwargs)

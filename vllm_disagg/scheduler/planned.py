@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_disagg.config import EngineSettings
 from vllm_disagg.core.scheduling.growth import quantile_of
 from vllm_disagg.core.scheduling.hints import Hints, clean, hints_of
+from vllm_disagg.core.steps import requests_of
 from vllm_disagg.profiles import load_profile
 from vllm_disagg.scheduler.measure import Measure, memory_file
 from vllm_disagg.scheduler.safety import SafetyMixin
@@ -189,15 +190,7 @@ class PlannedMixin(SafetyMixin):
         self.waiting.extend(request for request in line if id(request) in still)
 
     def _after(self, output: Any) -> None:
-        computed = self.requests
-        self.measure.scheduled(
-            output,
-            tuple(
-                (computed[request_id].num_computed_tokens - new, new)
-                for request_id, new in output.num_scheduled_tokens.items()
-            ),
-            now_s=time.monotonic(),
-        )
+        self.measure.scheduled(output, requests_of(output), now_s=time.monotonic())
 
     def waits_for(self, reasons: Sequence[str], now_s: float) -> None:
         """Count the time in which requests waited though a step was being made, by reason."""

@@ -80,11 +80,11 @@ class OutputLengths:
             Between 1 and what `most` leaves; 0 when nothing is left.
         """
         window = self._kinds.get(kind)
-        if window is None or len(window) < ENOUGH:
+        if window is None or len(window.sorted) < ENOUGH:
             window = self._all
-        return remaining_of(
-            window.sorted, len(window), window.longer_than(generated), quantile, generated, most, self._prior
-        )
+        lengths = window.sorted
+        first = bisect.bisect_right(lengths, generated)
+        return remaining_of(lengths, len(lengths), first, quantile, generated, most, self._prior)
 
 
 def remaining_of(
@@ -132,13 +132,6 @@ class _Window:
             del self.sorted[bisect.bisect_left(self.sorted, self._order.popleft())]
         self._order.append(length)
         bisect.insort(self.sorted, length)
-
-    def longer_than(self, generated: int) -> int:
-        """The place of the first length above `generated`."""
-        return bisect.bisect_right(self.sorted, generated)
-
-    def __len__(self) -> int:
-        return len(self.sorted)
 
 
 def holding(num_tokens: int, num_computed: int, remaining: int, block_size: int) -> tuple[int, int]:

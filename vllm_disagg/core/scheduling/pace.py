@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
-from vllm_disagg.core.latency import LatencyModel, StepWork, work_of
+from vllm_disagg.core.latency import LatencyModel, StepWork
 
 Model = TypeVar("Model", contravariant=True)
 
@@ -40,7 +40,7 @@ def critical_length(latency: LatencyModel, share: float = L_M_SHARE, *, longest:
     """L_m: the shortest prompt with which a device computes `share` of its most tokens per second (DistServe's section
     3.1: beyond it, batching prompts brings little). Between 16 and `longest`, in steps of 16."""
     lengths = range(QUANTUM, max(longest, QUANTUM) + 1, QUANTUM)
-    rates = [length / max(latency.step_s(work_of([(0, length)])), 1e-12) for length in lengths]
+    rates = [length / max(latency.prompt_s(length), 1e-12) for length in lengths]
     wanted = share * max(rates)
     return next(length for length, rate in zip(lengths, rates, strict=True) if rate >= wanted)
 

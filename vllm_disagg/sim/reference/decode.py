@@ -6,10 +6,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from vllm_disagg.core.latency import work_of
 from vllm_disagg.core.scheduling.growth import next_headroom
 from vllm_disagg.core.scheduling.pace import FLOOR_TOKENS, prompt_tokens_beside
-from vllm_disagg.core.scheduling.victims import Stream, ahead_s, keep_order
+from vllm_disagg.core.scheduling.victims import ahead_s, rank
 from vllm_disagg.sim.reference.growth import may_come_in
 from vllm_disagg.sim.reference.state import Engine, Holders, Request
 
@@ -93,14 +92,14 @@ def _keep_who_cannot_afford_it(engine: Engine, now_s: float) -> None:
     """Where the next step may find no block for somebody: put those first who should not give way."""
     if engine.pool.free >= len(engine.running) or len(engine.running) < 2:
         return
-    places = keep_order([_stream(engine, request, now_s) for request in engine.running])
-    engine.running[:] = [engine.running[place] for place in places]
+    engine.running.sort(key=lambda request: _rank(engine, request, now_s))
 
 
-def _stream(engine: Engine, request: Request, now_s: float) -> Stream:
+def _rank(engine: Engine, request: Request, now_s: float) -> tuple[int, int, float]:
     since_s = 0.0 if math.isnan(request.first_s) else now_s - request.first_s
-    return Stream(
-        ahead_s=ahead_s(num_tokens=request.generated, tpot_s=engine.spec.rules.slo_tpot_s, since_first_s=since_s),
-        recompute_s=engine.spec.latency.step_s(work_of([(0, request.known)])),
-        num_preemptions=request.num_preemptions,
+    return rank(
+        request.num_preemptions,
+        priority=0,
+        ahead_s=ahead_s(request.generated, engine.spec.rules.slo_tpot_s, since_s),
+        recompute_s=engine.spec.latency.prompt_s(request.known),
     )
