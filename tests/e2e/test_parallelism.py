@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from tests.e2e.client import Answer, Case, Reference, Verdict, ask, note, refer
-from tests.e2e.engines import ForkHost, Server, emulated_engine, engine, fork_host, proxy
+from tests.e2e.engines import ForkHost, Server, emulated_engine, engine, proxy
 from vllm_disagg.core.keys import create_key_file
 from vllm_disagg.demo.model import tiny_llama_path
 
@@ -129,15 +129,6 @@ async def judge(
 
 
 # Emulated engines, whose tokens depend on every byte of KV.
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkHost]:
-    started = fork_host(tmp_path_factory.mktemp("host"))
-    started.start()
-    started.wait_until_ready()
-    yield started
-    started.kill()
 
 
 @pytest.fixture(scope="module")
