@@ -150,13 +150,18 @@ UNEQUAL = [
     ((1, 4), (2, 2)),
 ]
 
+EMULATED = [
+    *(("nixl", *pair) for pair in UNEQUAL),
+    *(("nccl", *pair) for pair in [((1, 1), (1, 1)), *UNEQUAL[:2], UNEQUAL[5]]),
+]
+
+CONTAINED = [("nixl", (1, 2), (1, 1)), ("nixl", (1, 1), (1, 2)), ("nccl", (2, 1), (1, 1))]
+"""What others of these do as well, and more: fetch from several stages, by several stages, from two ranks over gloo."""
+
 
 @pytest.mark.parametrize(
     ("transport", "prefill", "decode"),
-    [
-        *(("nixl", *pair) for pair in UNEQUAL),
-        *(("nccl", *pair) for pair in [((1, 1), (1, 1)), *UNEQUAL[:2], UNEQUAL[5]]),
-    ],
+    [pytest.param(*case, marks=pytest.mark.full if case in CONTAINED else ()) for case in EMULATED],
     ids=name_of,
 )
 async def test_emulated_engines(
