@@ -28,11 +28,25 @@ help:
 demo: $(VENV)/.project
 	$(BIN)/vllm-disagg demo
 
+# The unit tests compute all the time and have no deadlines; the others mostly wait, and have some. So they run beside
+# each other, and the unit tests give way. The end-to-end tests come first, as they can best do without a core.
+OTHERS := tests/e2e/ $(filter-out tests/e2e/ tests/unit/ tests/__pycache__/,$(wildcard tests/*/))
+
+define RUN_TESTS
+@unit_log=$$(mktemp); status=0; \
+nice -n 5 $(BIN)/python -m pytest -q $(1) tests/unit &> $$unit_log & unit=$$!; \
+trap 'kill $$unit 2> /dev/null || true; rm -f $$unit_log' EXIT; \
+$(BIN)/python -m pytest -q $(1) $(OTHERS) || status=$$?; \
+wait $$unit || status=$$?; \
+echo; echo "the unit tests, which ran beside these:"; cat $$unit_log; \
+exit $$status
+endef
+
 test: $(VENV)/.tools
-	$(BIN)/python -m pytest -q -m "not full"
+	$(call RUN_TESTS,-m "not full")
 
 test-all: $(VENV)/.tools
-	$(BIN)/python -m pytest -q
+	$(call RUN_TESTS)
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

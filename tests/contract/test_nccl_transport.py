@@ -228,35 +228,46 @@ def test_a_reader_that_takes_nothing_is_dropped_and_holds_up_nobody(made: Rig) -
 
 
 READING = """
-import select
+import os
+import signal
 import sys
 
-from vllm_disagg.testing.check_transport import finish, rig, states, whole
+from vllm_disagg.testing.check_transport import finish, rig, run_until, states, whole
 from vllm_disagg.transport import nccl_owner, nccl_reader, open_transport
 
 nccl_owner.STALL_S = nccl_reader.STALL_S = 0.5
-while not select.select([sys.stdin], [], [], 0)[0]:
+for moment in sys.argv[1:]:
+
+    def stand_still_if(now):
+        if moment == now:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
     with rig(lambda name: open_transport("nccl", name)) as made:
-        reader, owner, peer = made.pair(8 << 20)
+        reader, owner, peer = made.pair(64 << 20)
         reader.transport.read(peer, whole(reader, owner))
+        stand_still_if("connecting")
+        seen = run_until(lambda: bool(reader.memory.data.any()), reader.transport)
+        stand_still_if("begun")
+        run_until(lambda: bool(reader.memory.data[32 << 20 :].any()), reader.transport, outcomes=seen)
+        stand_still_if("half")
+        assert states(seen + finish(reader.transport)) == ["done"]
+        stand_still_if("read")
+        reader.transport.read(peer, whole(reader, owner))
+        stand_still_if("reading again")
         assert states(finish(reader.transport)) == ["done"]
-    print("read", flush=True)
 """
 
 
 def test_a_host_that_stands_still_blames_no_peer() -> None:
-    """Both ends connect and read again and again in a process that is stopped for longer than either waits."""
-    process = subprocess.Popen([sys.executable, "-c", READING], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdin is not None and process.stdout is not None
-    with process:
+    """Both ends connect and read in a process that is stopped for longer than either waits."""
+    moments = ("connecting", "begun", "half", "read", "reading again")
+    with subprocess.Popen([sys.executable, "-c", READING, *moments]) as process:
         try:
-            for begun_s in (0.02, 0.01, 0.03, 0.005, 0.015):
-                assert process.stdout.readline() == b"read\n"
-                time.sleep(begun_s)  # to somewhere within the next connection or read
-                process.send_signal(signal.SIGSTOP)
-                time.sleep(0.7)
+            for _ in moments:
+                os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+                assert psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
+                time.sleep(0.7)  # longer than the 0.5 s after which a peer would be blamed
                 process.send_signal(signal.SIGCONT)
-            process.stdin.close()
 
             assert process.wait(60) == 0
         finally:

@@ -27,7 +27,7 @@ TRUTH = LatencyModel(
 )
 
 
-def measure(engine: StepEngine, out: Path, *, budget_s: float = 12.0, **more: Any) -> tuple[list[str], str]:
+def measure(engine: StepEngine, out: Path, *, budget_s: float = 8.0, **more: Any) -> tuple[list[str], str]:
     said = io.StringIO()
     settings = ProfileSettings(
         url=engine.url, shape="tiny", device="steps", device_memory_gib=1.0, step_tokens=512, max_seqs=32,

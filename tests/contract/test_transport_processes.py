@@ -1,45 +1,24 @@
-"""Transports between processes whose memory is read, stopped, killed and started again. The peer is this file, as a
-program.
+"""Transports between processes whose memory is read, stopped, killed and started again.
 
 What these tests are about is the promise that nothing is written to a read's memory once its outcome is known.
 """
 
 from __future__ import annotations
 
-import base64
-import os
-import select
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 
 import psutil
 import pytest
 
-from vllm_disagg.config import TransportName
+from tests.contract.peer_process import MIB, SEED, Link, PeerProcess, ReaderProcess
 from vllm_disagg.testing.check_transport import Memory, Rig, finish, rig, run_until
 from vllm_disagg.transport import open_transport
 from vllm_disagg.transport.base import CANCEL_BOUND_S, Copy, Outcome, PeerName, TransferHandle, Transport
 
 pytest.importorskip("nixl")
 
-MIB = 1 << 20
-SEED = 11
 CANARY = 0xC7
-ANSWER = b"peer: "
-
-
-@dataclass(frozen=True)
-class Link:
-    """A transport, and what its peer finds in its environment."""
-
-    transport: TransportName
-    env: tuple[tuple[str, str], ...] = ()
-
 
 NIXL = Link("nixl")
 """Over whatever UCX finds; on one host that is CMA."""
@@ -55,74 +34,6 @@ AUTO_TCP = Link("auto", (("UCX_TLS", "tcp"),))
 
 ALL = pytest.mark.parametrize("link", [NIXL, NIXL_TCP, NCCL], ids=["nixl", "nixl_tcp", "nccl"])
 TWO_SIDED = pytest.mark.parametrize("link", [NIXL_TCP, NCCL], ids=["nixl_tcp", "nccl"])
-
-
-class PeerProcess:
-    """An owner of pseudo-random memory in a process of its own, which progresses its transport all the time."""
-
-    def __init__(self, name: str, num_bytes: int, link: Link) -> None:
-        self.num_bytes, self.env = num_bytes, link.env
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, link.transport, f"{name}-{os.getpid()}", str(num_bytes)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
-            env={**os.environ, **dict(link.env)},
-        )  # fmt: skip
-
-    @cached_property
-    def _announced(self) -> list[bytes]:
-        return self._answer().split()
-
-    @property
-    def address(self) -> int:
-        """Of its memory, in its process. Waits for it to start, like `descriptor`."""
-        return int(self._announced[0])
-
-    @property
-    def descriptor(self) -> bytes:
-        return base64.b64decode(self._announced[1])
-
-    @property
-    def offer(self) -> str:
-        """Both, as another process takes them."""
-        return f"{self.address} {base64.b64encode(self.descriptor).decode()}"
-
-    def stop(self) -> None:
-        assert self._announced
-        self._process.send_signal(signal.SIGSTOP)
-        run_until(lambda: psutil.Process(self._process.pid).status() == psutil.STATUS_STOPPED)
-
-    def go_on(self) -> None:
-        self._process.send_signal(signal.SIGCONT)
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def ask(self) -> bool:
-        """Wait for a sign of life: true once it has answered, false if it has died."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(b"?\n")
-            return self._answer() == b"alive"
-        except BrokenPipeError:
-            return False
-
-    def close(self) -> None:
-        self.kill()
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.stdout.close()
-
-    def _answer(self) -> bytes:
-        """What it says next, past what its libraries print; nothing once it has died."""
-        stdout = self._process.stdout
-        assert stdout is not None
-        while True:
-            ready, _, _ = select.select([stdout], [], [], 60.0)
-            assert ready, "the peer process does not answer"
-            line = stdout.readline()
-            if not line or line.startswith(ANSWER):
-                return line.removeprefix(ANSWER).strip()
 
 
 StartPeer = Callable[..., PeerProcess]
@@ -198,7 +109,7 @@ def test_it_reads_the_memory_of_another_process_and_tells_over_which_wire(
     assert (outcome.state, outcome.num_descriptors) == ("done", 24 * 16), outcome.error
     assert (memory.data == expected(peer).data).all()
     assert (wire.transport, wire.wire, wire.sent_by_owner) == told, wire.evidence
-    assert "UCX_TLS=tcp at the peer" in wire.evidence or not peer.env
+    assert "UCX_TLS=tcp at the peer" in wire.evidence or not peer.link.env
     assert "within the call" in wire.evidence or told[0] != "nixl"
 
 
@@ -318,15 +229,12 @@ def test_an_owner_survives_a_reader_that_was_killed_with_requests_unanswered(
     made: Rig, start_peer: StartPeer, link: Link
 ) -> None:
     peer = start_peer("survivor", 64)
-    victim = subprocess.Popen(
-        [sys.executable, __file__, link.transport, f"victim-{os.getpid()}", str(peer.num_bytes), peer.offer],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert victim.stdout is not None
-    with victim:
-        assert b"reading\n" in iter(victim.stdout.readline, b"")
+    victim = ReaderProcess("victim", peer, link)
+    try:
+        victim.wait_until_it_reads()
         peer.stop()
-        victim.kill()
+    finally:
+        victim.close()
     peer.go_on()
 
     memory = Memory(peer.num_bytes)
@@ -424,47 +332,3 @@ def test_ended_links_leave_no_descriptor_and_no_thread(made: Rig, start_peer: St
 
     # Threads end on their own time, those of earlier tests too.
     run_until(lambda: this.num_fds() <= before[0] and this.num_threads() <= before[1])
-
-
-def answer(text: bytes) -> None:
-    os.write(sys.stdout.fileno(), ANSWER + text + b"\n")
-
-
-def serve(transport_name: TransportName, agent_name: str, num_bytes: int) -> None:
-    """Own memory until killed or left alone; say so when asked."""
-    if transport_name == "nixl":
-        sys.modules["torch"] = None  # type: ignore[assignment]  # it is imported to learn of CUDA, which takes a second
-    memory = Memory(num_bytes, seed=SEED)
-    transport = open_transport(transport_name, agent_name)
-    descriptor = transport.register([memory.region])
-    answer(b"%d %s" % (memory.address, base64.b64encode(descriptor)))
-    while True:
-        transport.progress()
-        if select.select([sys.stdin], [], [], 0.0005)[0]:
-            if not sys.stdin.readline():
-                return
-            answer(b"alive")
-
-
-def keep_reading(transport_name: TransportName, agent_name: str, num_bytes: int, offer: str) -> None:
-    """Read a peer's memory again and again until killed; say so once it is under way."""
-    address, descriptor = offer.split()
-    memory = Memory(num_bytes)
-    reader = open_transport(transport_name, agent_name)
-    reader.register([memory.region])
-    name = reader.connect(base64.b64decode(descriptor))
-    piece = 64 << 10
-    copies = [Copy(memory.address + at, int(address) + at, piece) for at in range(num_bytes - piece, -1, -piece)]
-    for number in range(1_000_000):
-        reader.read(name, copies)
-        if number == 1:
-            os.write(sys.stdout.fileno(), b"reading\n")
-        while reader.num_active:
-            reader.poll()
-
-
-if __name__ == "__main__":
-    if sys.argv[4:]:
-        keep_reading(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])  # type: ignore[arg-type]
-    else:
-        serve(sys.argv[1], sys.argv[2], int(sys.argv[3]))  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
-"""One set of engines for all end-to-end tests: 1P1D behind a proxy, and an undivided engine beside them.
+"""One set of engines for all end-to-end tests: 1P1D behind a proxy, and an undivided engine beside them. One fork host
+for all emulated engines.
 
 Each test runs on emulated engines and on real ones. Those marked `heavy` run on real ones only in `make test-all`.
 """
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.engines import EmulatedEngine, Server, emulated_engine, engine, fork_host, proxy
+from tests.e2e.engines import EmulatedEngine, ForkHost, Server, emulated_engine, engine, fork_host, proxy
 from vllm_disagg.core.keys import create_key_file
 from vllm_disagg.demo.model import smollm2_path
 
@@ -57,11 +58,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker("full")
 
 
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkHost]:
+    """What every emulated engine is forked from: it imports vLLM, which takes longer than all that comes after it."""
+    started = fork_host(tmp_path_factory.mktemp("host"))
+    started.start()
+    try:
+        started.wait_until_ready()
+        yield started
+    finally:
+        started.kill()
+
+
 @pytest.fixture(scope="session", params=["emulated", "real"])
 def deployment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    start = emulated_deployment if request.param == "emulated" else real_deployment
-    with start(tmp_path_factory.mktemp(request.param)) as deployed:
-        yield deployed
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "real":
+        deployed = real_deployment(folder)
+    else:
+        deployed = emulated_deployment(folder, request.getfixturevalue("host"))
+    with deployed as running:
+        yield running
 
 
 @contextmanager
@@ -78,18 +95,14 @@ def real_deployment(folder: Path) -> Iterator[Deployment]:
 
 
 @contextmanager
-def emulated_deployment(folder: Path, flags: Sequence[str] = ()) -> Iterator[Deployment]:
+def emulated_deployment(folder: Path, host: ForkHost) -> Iterator[Deployment]:
     key_file = folder / "key"
     create_key_file(key_file)
+    engines = [
+        emulated_engine(role or "undivided", host=host, folder=folder, key_file=key_file, role=role)
+        for role in ("prefill", "decode", None)
+    ]
     with ExitStack() as stack:
-        host = fork_host(folder)
-        stack.callback(host.kill)
-        host.start()
-        host.wait_until_ready()
-        engines = [
-            emulated_engine(role or "undivided", host=host, folder=folder, key_file=key_file, role=role, flags=flags)
-            for role in ("prefill", "decode", None)
-        ]
         yield _started(stack, engines, folder, pace=0.05)
 
 
@@ -103,15 +116,11 @@ class Pair:
 
 
 @contextmanager
-def emulated_pair(folder: Path, prefill_flags: Sequence[str] = ()) -> Iterator[Pair]:
+def emulated_pair(folder: Path, host: ForkHost, prefill_flags: Sequence[str] = ()) -> Iterator[Pair]:
     key_file = folder / "key"
     create_key_file(key_file)
     flags = {"prefill": prefill_flags, "decode": ()}
     with ExitStack() as stack:
-        host = fork_host(folder)
-        stack.callback(host.kill)
-        host.start()
-        host.wait_until_ready()
         prefill, decode = (
             emulated_engine(role, host=host, folder=folder, key_file=key_file, role=role, flags=flags[role])
             for role in ("prefill", "decode")

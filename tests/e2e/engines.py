@@ -34,6 +34,14 @@ def core(index: int) -> int:
     return cores[index % len(cores)]
 
 
+def has_ended(process: psutil.Process) -> bool:
+    """Whether or not it has been reaped."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
 @dataclass(kw_only=True)
 class Process:
     """A child in a process group of its own, with its output in a file."""
@@ -71,12 +79,14 @@ class Process:
                 continue
 
     def kill(self) -> None:
-        """`kill -9` everything at once, and reap it."""
+        """`kill -9` everything at once, and reap what is ours to reap: somebody else's takes its time about it."""
         processes = self.tree()
         self.signal_all(signal.SIGKILL)
-        psutil.wait_procs(processes, timeout=10)
         if self.popen is not None:
             self.popen.wait(timeout=10)
+        deadline_s = time.monotonic() + 10
+        while not all(map(has_ended, processes)) and time.monotonic() < deadline_s:
+            time.sleep(0.01)  # bounded polling of other processes
 
     def stop(self) -> None:
         """End it politely, then not."""

@@ -13,6 +13,7 @@ import aiohttp
 from tests.e2e import cases
 from tests.e2e.client import Answer, Case, ask
 from tests.e2e.conftest import emulated_pair
+from tests.e2e.engines import ForkHost
 
 
 def requests() -> list[Case]:
@@ -44,8 +45,8 @@ async def until_routed(url: str, route: str, *, within_s: float) -> None:
         await asyncio.sleep(0.1)  # bounded polling through the proxy
 
 
-async def test_a_prefill_instance_stands_in_for_all_decode_instances(tmp_path: Path) -> None:
-    with emulated_pair(tmp_path) as pair:
+async def test_a_prefill_instance_stands_in_for_all_decode_instances(host: ForkHost, tmp_path: Path) -> None:
+    with emulated_pair(tmp_path, host) as pair:
         url, asked = pair.proxy.url, requests()
         split = await answers(url, asked)
         assert {answer.headers["x-disagg-route"] for answer in split} == {"split"}

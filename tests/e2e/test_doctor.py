@@ -14,7 +14,7 @@ import pytest
 
 from tests.contract.control_fire import GREETING_BYTES, bombard, strangers
 from tests.e2e.conftest import Deployment
-from tests.e2e.engines import EmulatedEngine, Server, emulated_engine, fork_host
+from tests.e2e.engines import EmulatedEngine, ForkHost, Server, emulated_engine
 from vllm_disagg.connector.secure import curve_keys
 from vllm_disagg.core.keys import create_key_file, load_key
 from vllm_disagg.core.types import EngineId
@@ -64,16 +64,11 @@ def test_bytes_that_change_on_their_way_are_a_problem(deployment: Deployment) ->
 
 
 @pytest.fixture(scope="module")
-def tcp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server, Server]]:
+def tcp(host: ForkHost, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server, Server]]:
     """A prefill engine, a decode engine that fits it, both forced to TCP, and one with other blocks."""
     folder = tmp_path_factory.mktemp("tcp")
     create_key_file(folder / "key")
     with ExitStack() as stack:
-        host = fork_host(folder)
-        host.env["UCX_TLS"] = "tcp"
-        stack.callback(host.kill)
-        host.start()
-        host.wait_until_ready()
         prefill, fitting, misfit = (
             emulated_engine(name, host=host, folder=folder, key_file=folder / "key", role=role, block_size=block_size)
             for name, role, block_size in (("p", "prefill", 32), ("d", "decode", 32), ("other", "decode", 16))

@@ -8,28 +8,17 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import aiohttp
-import pytest
 
-from tests.e2e.engines import EmulatedEngine, ForkHost, emulated_engine, fork_host, proxy
+from tests.e2e.engines import EmulatedEngine, ForkHost, emulated_engine, proxy
 from tests.e2e.legs import case_of, fetch, hold
 from vllm_disagg.core.keys import create_key_file
 
 REPEATS = 1
 MET, READ = "handshake.done", "transfer.done"
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkHost]:
-    made = fork_host(tmp_path_factory.mktemp("host"))
-    made.start()
-    made.wait_until_ready()
-    yield made
-    made.kill()
 
 
 def started(stack: ExitStack, host: ForkHost, folder: Path, name: str, role: str) -> EmulatedEngine:

@@ -12,6 +12,7 @@ import pytest
 from tests.e2e import cases
 from tests.e2e.client import Case, ask
 from tests.e2e.conftest import Pair, emulated_pair
+from tests.e2e.engines import ForkHost
 
 COUNTED = "vllm_disagg_proxy_slo_hints_total"
 OUTSTANDING = "vllm_disagg_proxy_outstanding_tokens"
@@ -19,10 +20,10 @@ RUNNING = "vllm:num_requests_running"
 
 
 @pytest.fixture(scope="module", params=[pytest.param("fcfs", marks=pytest.mark.full), "edf"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def pair(request: pytest.FixtureRequest, host: ForkHost, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Prefill computes prompts one by one, long ones in several steps."""
     flags = ("--kv-batch-tokens", "16", "--max-num-batched-tokens", "512", "--kv-prefill-order", request.param)
-    with emulated_pair(tmp_path_factory.mktemp("hints"), flags) as deployed:
+    with emulated_pair(tmp_path_factory.mktemp("hints"), host, flags) as deployed:
         yield deployed
 
 

@@ -29,7 +29,7 @@ import pytest
 from tests.e2e import cases
 from tests.e2e.book import Book, learn
 from tests.e2e.client import Case, Reference, ask
-from tests.e2e.engines import EmulatedEngine, Server, emulated_engine, engine, fork_host
+from tests.e2e.engines import EmulatedEngine, ForkHost, Server, emulated_engine, engine, fork_host
 from tests.e2e.legs import Held, Tally, case_of, causes, fetch, fetch_all, hold
 from tests.e2e.network import Host, Network, cannot_make_networks, network
 from vllm_disagg.core.handoff import Handoff, seal, unseal
@@ -465,15 +465,17 @@ async def started(
 
 @asynccontextmanager
 async def emulated_site(
-    folder: Path, *flags: str, num_requests: int, seed: int, env: dict[str, str] | None = None, name: str = "emulated"
+    folder: Path,
+    host: ForkHost,
+    *flags: str,
+    num_requests: int,
+    seed: int,
+    env: dict[str, str] | None = None,
+    name: str = "emulated",
 ) -> AsyncIterator[Site]:
     key_file = folder / "key"
     create_key_file(key_file)
     with ExitStack() as stack:
-        host = fork_host(folder)
-        stack.callback(host.kill)
-        host.start()
-        host.wait_until_ready()
 
         def start(called: str, role: str | None, extra: Sequence[str]) -> Server:
             given = [] if role is None else flags
@@ -493,9 +495,9 @@ def real_engine(called: str, role: str | None, flags: Sequence[str], *, folder: 
     return engine(called, model=model, index=index, folder=folder, key_file=key_file, role=role, flags=small)
 
 
-async def test_a_part_on_emulated_engines(tmp_path: Path) -> None:
+async def test_a_part_on_emulated_engines(host: ForkHost, tmp_path: Path) -> None:
     scenarios = (*HANDOFFS, *ENGINES)
-    async with emulated_site(tmp_path, num_requests=8 * len(scenarios), seed=1) as site:
+    async with emulated_site(tmp_path, host, num_requests=8 * len(scenarios), seed=1) as site:
         await suffer(site, scenarios, 8, seed=1)
 
 
@@ -508,12 +510,12 @@ TRANSPORTS = {
 
 @pytest.mark.full
 @pytest.mark.parametrize("transport", TRANSPORTS)
-async def test_a_thousand_on_emulated_engines(tmp_path: Path, transport: str) -> None:
+async def test_a_thousand_on_emulated_engines(host: ForkHost, tmp_path: Path, transport: str) -> None:
     flags, env = TRANSPORTS[transport]
     scenarios = (*HANDOFFS, *ENGINES)
     count = 126
     async with emulated_site(
-        tmp_path, *flags, num_requests=count * len(scenarios), seed=2, env=env, name=f"emulated, {transport}"
+        tmp_path, host, *flags, num_requests=count * len(scenarios), seed=2, env=env, name=f"emulated, {transport}"
     ) as site:
         tallies = await suffer(site, scenarios, count, seed=2)
     assert sum(tally.asked for tally in tallies) >= 1000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from tests.e2e.client import Answer, Case, Reference, Verdict, ask, note, refer
-from tests.e2e.engines import ForkHost, Server, emulated_engine, engine, fork_host, proxy
+from tests.e2e.engines import ForkHost, Server, emulated_engine, engine, proxy
 from vllm_disagg.core.keys import create_key_file
 from vllm_disagg.demo.model import tiny_llama_path
 
@@ -132,15 +132,6 @@ async def judge(
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkHost]:
-    started = fork_host(tmp_path_factory.mktemp("host"))
-    started.start()
-    started.wait_until_ready()
-    yield started
-    started.kill()
-
-
-@pytest.fixture(scope="module")
 def expected(host: ForkHost, tmp_path_factory: pytest.TempPathFactory) -> list[Reference]:
     folder = tmp_path_factory.mktemp("undivided")
     flags = ["--emulate-layer-groups", "4"]
@@ -159,13 +150,18 @@ UNEQUAL = [
     ((1, 4), (2, 2)),
 ]
 
+EMULATED = [
+    *(("nixl", *pair) for pair in UNEQUAL),
+    *(("nccl", *pair) for pair in [((1, 1), (1, 1)), *UNEQUAL[:2], UNEQUAL[5]]),
+]
+
+CONTAINED = [("nixl", (1, 2), (1, 1)), ("nixl", (1, 1), (1, 2)), ("nccl", (2, 1), (1, 1))]
+"""What others of these do as well, and more: fetch from several stages, by several stages, from two ranks over gloo."""
+
 
 @pytest.mark.parametrize(
     ("transport", "prefill", "decode"),
-    [
-        *(("nixl", *pair) for pair in UNEQUAL),
-        *(("nccl", *pair) for pair in [((1, 1), (1, 1)), *UNEQUAL[:2], UNEQUAL[5]]),
-    ],
+    [pytest.param(*case, marks=pytest.mark.full if case in CONTAINED else ()) for case in EMULATED],
     ids=name_of,
 )
 async def test_emulated_engines(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.engines import emulated_engine, fork_host
+from tests.e2e.engines import ForkHost, emulated_engine
 from vllm_disagg.core.keys import create_key_file
 from vllm_disagg.core.latency import LatencyModel, work_of
 from vllm_disagg.planner.fit import judge_profile
@@ -98,18 +98,16 @@ def test_an_interrupted_measurement_goes_on_to_a_whole_profile(tmp_path: Path) -
 
 
 @pytest.mark.full
-def test_a_running_engine_is_measured_from_the_outside(tmp_path: Path) -> None:
+def test_a_running_engine_is_measured_from_the_outside(host: ForkHost, tmp_path: Path) -> None:
     create_key_file(tmp_path / "key")
     with ExitStack() as stack:
-        host = fork_host(tmp_path)
         engine = emulated_engine(
             "engine", host=host, folder=tmp_path, key_file=tmp_path / "key", role=None, profile=TRUTH,
             block_size=16, flags=("--emulate-host", "shown", *DEVICE[2:]),
         )  # fmt: skip
-        for process in (host, engine):
-            stack.callback(process.stop)
-            process.start()
-            process.wait_until_ready()
+        stack.callback(engine.stop)
+        engine.start()
+        engine.wait_until_ready()
         out = tmp_path / "profile.json"
         outside = ("--url", engine.url, "--shape", TRUTH, "--device", "a100", "--max-seqs", "48", "--out", str(out))
 

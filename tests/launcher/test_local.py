@@ -36,7 +36,8 @@ def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def settings(tmp_path: Path, **more: Any) -> UpSettings:
-    return UpSettings(model="org/fake", port=free_ports(1)[0], log_dir=str(tmp_path), stop_grace_s=5.0, **more)
+    given = {"stop_grace_s": 1.0, **more}
+    return UpSettings(model="org/fake", port=free_ports(1)[0], log_dir=str(tmp_path), **given)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -144,10 +145,10 @@ LAUNCHER = textwrap.dedent(
     from pathlib import Path
 
     async def main():
-        arguments = ("--x-fake.deaf=1", "--x-fake.grandchild=1", *sys.argv[2:])
-        asked = settings(Path(sys.argv[1]), engine_arg=arguments)
+        arguments = ("--x-fake.deaf=1", "--x-fake.grandchild=1", *sys.argv[3:])
+        asked = settings(Path(sys.argv[1]), stop_grace_s=float(sys.argv[2]), engine_arg=arguments)
         async with deployed(
-            asked, Console(), machine=MACHINE, engine_command=FAKE, proxy_command=FAKE
+            asked, Console(sys.stdout), machine=MACHINE, engine_command=FAKE, proxy_command=FAKE
         ) as deployment:
             print("serving", flush=True)
             await deployment.serve(restart=False)
@@ -157,20 +158,26 @@ LAUNCHER = textwrap.dedent(
 )
 
 
-def launch(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+def launch(tmp_path: Path, *arguments: str, grace_s: float = 1.0) -> subprocess.Popen[str]:
+    """Of engines that do not end when they are asked to, so that their grace is waited for."""
     root = Path(__file__).parents[2]
     return subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, str(tmp_path), *arguments],
+        [sys.executable, "-c", LAUNCHER, str(tmp_path), str(grace_s), *arguments],
         cwd=root, env={**os.environ, "PYTHONPATH": str(root), "TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
 
 
+def hear(process: subprocess.Popen[str], line: str) -> None:
+    """Until it says so."""
+    assert process.stdout is not None
+    assert f"{line}\n" in iter(process.stdout.readline, "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_nothing_outlives_the_launcher(tmp_path: Path, mark: str, number: signal.Signals) -> None:
     with launch(tmp_path) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "serving\n"
+        hear(process, "serving")
 
         process.send_signal(number)
 
@@ -187,12 +194,11 @@ def test_nothing_outlives_a_launcher_killed_while_engines_start(tmp_path: Path, 
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_grace(tmp_path: Path, mark: str) -> None:
-    with launch(tmp_path) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "serving\n"
+    with launch(tmp_path, grace_s=60.0) as process:
+        hear(process, "serving")
 
         process.send_signal(signal.SIGINT)
-        asyncio.run(asyncio.sleep(0.3))
+        hear(process, "stopping ...")
         process.send_signal(signal.SIGINT)
 
         assert_gone(mark, within_s=3)
