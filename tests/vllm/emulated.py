@@ -143,8 +143,14 @@ class Engine:
             for output in group.outputs:
                 self._take(self.answers[output.request_id], output)
 
-    def run_until(self, condition: Callable[[], bool], what: str = "condition") -> None:
-        """Step until the condition holds."""
+    def run_until(self, condition: Callable[[], bool], what: str = "condition", *, step_s: float = 0.0) -> None:
+        """Step until the condition holds.
+
+        Args:
+            condition: looked at before each step.
+            what: it stands for.
+            step_s: a pause after each step, where streams must not end before the connector's threads get to work.
+        """
         deadline_s = time.monotonic() + WAIT_S
         while not condition():
             assert time.monotonic() < deadline_s, f"{what} did not come within {WAIT_S} s"
@@ -152,6 +158,8 @@ class Engine:
             self.step()
             if before == len(self.decisions) or not self.decisions[-1].tokens:
                 time.sleep(0.0002)  # nothing to compute: let the connector's threads run, as vLLM's loop does
+            elif step_s:
+                time.sleep(step_s)
 
     def run(self, request_ids: Sequence[str]) -> list[Answer]:
         """Step until these requests have ended."""

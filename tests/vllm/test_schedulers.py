@@ -26,6 +26,8 @@ from vllm_disagg.scheduler.decode import FLOOR_TOKENS
 pytestmark = pytest.mark.vllm
 
 BLOCK_SIZE = 16
+STEP_S = 0.02
+"""What a step takes where KV has to come while streams run, which otherwise could end before."""
 LATENCY = LatencyModel(
     prefill=(Regime(constant_s=0.01, per_token_s=1e-4),),
     decode=(Regime(constant_s=0.01, per_decode_s=1e-5, per_context_s=1e-7),),
@@ -265,11 +267,12 @@ def test_a_streams_own_target_binds_the_step(split: Callable[..., Split]) -> Non
 def test_kv_is_fetched_while_all_run_slots_are_taken(split: Callable[..., Split], whole: Engine) -> None:
     pair = split(decode_flags=("--max-num-seqs", "2", "--no-kv-early-reads"))
     prompts = [words(60 + 7 * seed, seed) for seed in range(8)]
-    wishes = [greedy(40)] * 8
+    wishes = [*[greedy(100)] * 2, *[greedy(40)] * 6]
     names = pair.hand_over(prompts[:2], wishes[:2])
     pair.decode.run_until(lambda: all(pair.decode.status(name) == "RUNNING" for name in names), "both slots taken")
     names += pair.hand_over(prompts[2:], wishes[2:])
-    pair.decode.run_until(lambda: pair.prefill.scheduler.connector._prefill._holds.usage()[0] == 0, "all KV fetched")
+    holds = pair.prefill.scheduler.connector._prefill._holds
+    pair.decode.run_until(lambda: holds.usage()[0] == 0, "all KV fetched", step_s=STEP_S)
 
     assert sum(pair.decode.status(name) == "RUNNING" for name in names) <= 2
     assert not any(pair.decode.answers[name].finish_reason for name in names[2:])
@@ -335,9 +338,10 @@ def test_kv_is_fetched_only_with_room_for_the_prompt_and_its_growth(
     names = pair.hand_over(prompts[:1], wishes[:1])
     pair.decode.run_until(lambda: pair.decode.status(names[0]) == "RUNNING", "a stream, and with it a reserve")
     names += pair.hand_over(prompts[1:], wishes[1:])
-    for _ in range(5):
+    pair.decode.run_until(lambda: holds.usage()[0] == 1, "the second and third one", step_s=STEP_S)
+    for _ in range(2):
         pair.decode.step()
-    told = pair.decode.run_until(lambda: holds.usage()[0] == 1, "the second and third one") or statistics(pair.decode)
+    told = statistics(pair.decode)
 
     assert [pair.decode.status(name) for name in names[3:]] == ["WAITING"]
     assert told["vllm_disagg_sched_without_room_requests"] == 1
@@ -472,7 +476,7 @@ def fetched_and_without_a_slot(split: Callable[..., Split], asynchronous: bool) 
     fetched = hand_over(pair, *((words(60 + seed, seed), greedy(9)) for seed in range(2)))
     leaves = next(iter(fetched))
     fetched_ids = pair.decode.scheduler.finished_recving_kv_req_ids
-    pair.decode.run_until(lambda: leaves in fetched_ids, "KV without a slot")
+    pair.decode.run_until(lambda: leaves in fetched_ids, "KV without a slot", step_s=STEP_S)
     assert leaves not in {request.request_id for request in pair.decode.scheduler.running}
     return Scene(pair, pair.decode, leaves, {**streams, **fetched})
 
