@@ -47,6 +47,7 @@ class DecodeMixin(PlannedMixin):
 
     max_num_active_reqs: int
     num_waiting_for_streaming_input: int
+    _reserve_prefill_lookahead: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -253,7 +254,8 @@ class DecodeMixin(PlannedMixin):
         return bool(self._rest(request) > 1 + self.num_spec_tokens)
 
     def _rest(self, request: Request) -> int:
-        return int(request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens)
+        rest: int = request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
+        return rest
 
     def _within_budget(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int, *args: Any, **kwargs: Any
