@@ -98,6 +98,13 @@ def believe(engine: Engine, latency: LatencyModel = LATENCY) -> None:
     measure.latency, measure._times._profile = latency, latency
 
 
+def slowly(condition: bool) -> bool:
+    """A condition of `run_until`, asked so seldom that KV comes before the streams beside it end: steps take no time
+    here, transfers do."""
+    time.sleep(0.005)
+    return condition
+
+
 def statistics(engine: Engine) -> dict[str, Any]:
     return dict(engine.scheduler.connector.scheduler_stats.data)
 
@@ -269,7 +276,8 @@ def test_kv_is_fetched_while_all_run_slots_are_taken(split: Callable[..., Split]
     names = pair.hand_over(prompts[:2], wishes[:2])
     pair.decode.run_until(lambda: all(pair.decode.status(name) == "RUNNING" for name in names), "both slots taken")
     names += pair.hand_over(prompts[2:], wishes[2:])
-    pair.decode.run_until(lambda: pair.prefill.scheduler.connector._prefill._holds.usage()[0] == 0, "all KV fetched")
+    holds = pair.prefill.scheduler.connector._prefill._holds
+    pair.decode.run_until(lambda: slowly(holds.usage()[0] == 0), "all KV fetched")
 
     assert sum(pair.decode.status(name) == "RUNNING" for name in names) <= 2
     assert not any(pair.decode.answers[name].finish_reason for name in names[2:])
@@ -286,9 +294,8 @@ def test_streams_alone_are_left_to_vllm(
 ) -> None:
     """It asks two of its methods about each stream in each step, so that whatever ours took would be taken as often."""
     pair = split(decode_flags=("--max-num-seqs", "2", "--kv-scheduling", scheduling))
-    names = pair.hand_over([words(60 + seed, seed) for seed in range(2)], [greedy(30)] * 2)
-    pair.decode.run_until(lambda: all(pair.decode.answers[name].tokens for name in names), "two streams")
-    names.append(pair.decode.add(words(50), greedy(30)))  # has no slot
+    names = [pair.decode.add(words(60, seed), greedy(30)) for seed in range(3)]  # the third one has no slot
+    pair.decode.run_until(lambda: all(pair.decode.answers[name].tokens for name in names[:2]), "two streams")
     asked: list[str] = []
     for method in ("_allocate", "_within_budget"):
         monkeypatch.setattr(pair.decode.scheduler, method, lambda *args, method=method, **kwargs: asked.append(method))
@@ -337,7 +344,8 @@ def test_kv_is_fetched_only_with_room_for_the_prompt_and_its_growth(
     names += pair.hand_over(prompts[1:], wishes[1:])
     for _ in range(5):
         pair.decode.step()
-    told = pair.decode.run_until(lambda: holds.usage()[0] == 1, "the second and third one") or statistics(pair.decode)
+    pair.decode.run_until(lambda: slowly(holds.usage()[0] == 1), "the second and third one")
+    told = statistics(pair.decode)
 
     assert [pair.decode.status(name) for name in names[3:]] == ["WAITING"]
     assert told["vllm_disagg_sched_without_room_requests"] == 1
@@ -472,7 +480,7 @@ def fetched_and_without_a_slot(split: Callable[..., Split], asynchronous: bool) 
     fetched = hand_over(pair, *((words(60 + seed, seed), greedy(9)) for seed in range(2)))
     leaves = next(iter(fetched))
     fetched_ids = pair.decode.scheduler.finished_recving_kv_req_ids
-    pair.decode.run_until(lambda: leaves in fetched_ids, "KV without a slot")
+    pair.decode.run_until(lambda: slowly(leaves in fetched_ids), "KV without a slot")
     assert leaves not in {request.request_id for request in pair.decode.scheduler.running}
     return Scene(pair, pair.decode, leaves, {**streams, **fetched})
 
