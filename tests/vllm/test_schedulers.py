@@ -289,9 +289,8 @@ def test_streams_alone_are_left_to_vllm(
 ) -> None:
     """It asks two of its methods about each stream in each step, so that whatever ours took would be taken as often."""
     pair = split(decode_flags=("--max-num-seqs", "2", "--kv-scheduling", scheduling))
-    names = pair.hand_over([words(60 + seed, seed) for seed in range(2)], [greedy(30)] * 2)
-    pair.decode.run_until(lambda: all(pair.decode.answers[name].tokens for name in names), "two streams")
-    names.append(pair.decode.add(words(50), greedy(30)))  # has no slot
+    names = [pair.decode.add(words(60, seed), greedy(30)) for seed in range(3)]  # the third one has no slot
+    pair.decode.run_until(lambda: all(pair.decode.answers[name].tokens for name in names[:2]), "two streams")
     asked: list[str] = []
     for method in ("_allocate", "_within_budget"):
         monkeypatch.setattr(pair.decode.scheduler, method, lambda *args, method=method, **kwargs: asked.append(method))
