@@ -105,7 +105,8 @@ def paces(at_s: Fl, off: Fl, kinds: NDArray[Any], tells: NDArray[np.bool_]) -> F
         return np.zeros(len(off))
     limit = max(_LEAST_LIMIT, _OUTLIER * 1.4826 * float(np.median(np.abs(shown))))
     part = float(np.clip(shown, -limit, limit) @ told) / float(told @ told)
-    return min(1.0, max(0.0, part)) * around
+    scaled: Fl = min(1.0, max(0.0, part)) * around
+    return scaled
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,8 @@ def _told_apart(steps: Sequence[RecordedStep], kinds: NDArray[Any], again: NDArr
     taken = np.log(step_s)
     order = np.argsort(kinds, kind="stable")
     members = np.split(order, np.flatnonzero(np.diff(kinds[order])) + 1)
-    usual, pace = np.zeros_like(taken), np.zeros_like(taken)
+    usual: Fl = np.zeros_like(taken)
+    pace: Fl = np.zeros_like(taken)
     for _ in range(ROUNDS):
         for which in members:
             usual[which] = np.median(taken[which] - pace[which])
