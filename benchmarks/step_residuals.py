@@ -11,12 +11,13 @@ import numpy as np
 
 from vllm_disagg.core.latency import LatencyModel, StepWork, work_of
 from vllm_disagg.planner.fit import REGIONS, Point, Region, fit_latency, region_of
+from vllm_disagg.profiler.machine import paces
 from vllm_disagg.profiler.steps import RecordedStep
 
 Sample = tuple[StepWork, float]
 
-DRIFT_S, ROUNDS = 4.0, 4
-"""A machine's pace is that of the steps up to so many seconds before and after; so often it is taken out of a fit."""
+ROUNDS = 16
+"""So often the machine's pace is taken out of a fit: each time a part of what is left is found."""
 
 
 def fit(steps: Sequence[RecordedStep]) -> LatencyModel:
@@ -33,25 +34,25 @@ def fit_through_drift(loads: Sequence[Sequence[RecordedStep]]) -> LatencyModel:
     """The latency model of the steps of some loads, each step at the pace that the machine has on average.
 
     Within a load contexts grow and batches shrink, so that a machine that becomes slower or faster meanwhile looks like
-    a cost of contexts. What the steps around each one took, over what the model says for them, is divided out, and the
-    model is fitted again.
+    a cost of contexts. Under a load hardly two steps are the same, so that the model says what each takes; the pace
+    that the steps around it had against that is divided out, and the model is fitted again.
 
     Raises:
         ConfigError: there are too few steps of a kind.
     """
-    model = fit([step for load in loads for step in load])
+    steps = [step for load in loads for step in load if work_of(step.requests) != StepWork()]
+    model = fit(steps)
     for _ in range(ROUNDS):
-        model = fit([step for load in loads for step in _at_mean_pace(load, model)])
+        model = fit(_at_mean_pace(steps, model))
     return model
 
 
-def _at_mean_pace(load: Sequence[RecordedStep], model: LatencyModel) -> list[RecordedStep]:
-    at_s = np.array([step.at_s for step in load])
-    measured = np.cumsum([0.0, *(step.step_s for step in load)])
-    modelled = np.cumsum([0.0, *(model.step_s(work_of(step.requests)) for step in load)])
-    first, last = np.searchsorted(at_s, at_s - DRIFT_S), np.searchsorted(at_s, at_s + DRIFT_S, side="right")
-    pace = (measured[last] - measured[first]) / (modelled[last] - modelled[first])
-    return [replace(step, step_s=step.step_s / float(each)) for step, each in zip(load, pace, strict=True)]
+def _at_mean_pace(steps: Sequence[RecordedStep], model: LatencyModel) -> list[RecordedStep]:
+    at_s, step_s = np.array([step.at_s for step in steps]), np.array([step.step_s for step in steps])
+    off = np.log(step_s / np.array([model.step_s(work_of(step.requests)) for step in steps]))
+    pace = paces(at_s, off, np.arange(len(steps)), np.ones(len(steps), dtype=bool))
+    pace -= np.average(pace, weights=step_s)
+    return [replace(step, step_s=step.step_s / math.exp(each)) for step, each in zip(steps, pace, strict=True)]
 
 
 def samples_of(steps: Sequence[RecordedStep]) -> dict[Region, list[Sample]]:

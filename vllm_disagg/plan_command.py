@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Final, cast, get_args
 
 import numpy as np
 
 from vllm_disagg.config import PrefillOrder, Role
 from vllm_disagg.core.link import LINKS, Link
+from vllm_disagg.core.profile import ParallelEntry, Profile
 from vllm_disagg.core.scheduling.rules import Rules
 from vllm_disagg.core.slo import SLO
 from vllm_disagg.errors import ConfigError
@@ -37,6 +38,9 @@ from vllm_disagg.sim.timeline import chrome_trace, parse_window
 from vllm_disagg.sim.traces import read_trace
 from vllm_disagg.sim.workload import Workload
 
+MEASURED: Final = "profile"
+"""Name of the link that a profile has measured."""
+
 NUM_REQUESTS = 20_000
 """Of each workload that a plan is made with; a search uses as many of them as it needs."""
 
@@ -56,7 +60,13 @@ def run_plan(settings: PlanSettings) -> list[str]:
             around = [_around(found)]
     if settings.out:
         _write(settings.out, plan_document(plan))
-    lines = [*plan_table(plan), "", plan.verdict, *around, *(f"warning: {doubt}" for doubt in doubts)]
+    pools = question.resources.prefill, question.resources.decode
+    used = measurements_used(
+        [entry for pool in pools for entry in pool.profile.entries.values()],
+        hosts=settings.step_overhead_ms is None,
+        link=settings.intra_link in (None, MEASURED),
+    )
+    lines = [*plan_table(plan), "", plan.verdict, *around, *used, *(f"warning: {doubt}" for doubt in doubts)]
     if settings.explain:
         lines += ["", *explain(question, settings.rate)]
     return lines
@@ -88,14 +98,16 @@ def question_of(settings: PlanSettings) -> Question:
             cluster=Cluster(
                 num_nodes=settings.nodes,
                 devices_per_node=settings.devices_per_node,
-                intra=_link(settings.intra_link),
-                inter=_link(settings.inter_link),
+                intra=_link_of(
+                    "--intra-link", settings.intra_link, [*prefill.entries.values(), *profile.entries.values()]
+                ),
+                inter=_link("--inter-link", settings.inter_link),
             ),
             options=EngineOptions(
                 first_token=_first_token(settings.first_token),
                 scheduling=_scheduling(settings.kv_scheduling),
                 rules=_rules(settings),
-                step_overhead_s=settings.step_overhead_ms / 1e3,
+                step_overhead_s=_seconds(settings.step_overhead_ms),
                 handoff_s=settings.handoff_ms / 1e3,
             ),
             longest_tokens=longest,
@@ -190,11 +202,17 @@ def run_simulate(settings: SimulateSettings) -> list[str]:
         _write(settings.out, {"format": "vllm-disagg-simulation", "version": 1, **document})
     if settings.plot:
         draw_rates(settings.plot, found, slo, goodput)
+    used = measurements_used(
+        _entries_of(settings, load_profile(settings.profile, model=settings.model)),
+        hosts=settings.step_overhead_ms is None,
+        link=settings.prefill > 0 and settings.link in (None, MEASURED),
+    )
     head = ("rate/s", "attainment", "TTFT p50", "p90", "TPOT p50", "p90", *PHASES, "preemptions")
     return [
         f"{workload.source}; times in ms, phases as means",
         *_table(tuple(name.replace("_", " ") for name in head), rows),
         "",
+        *used,
         said,
     ]
 
@@ -224,15 +242,16 @@ def system_of(settings: SimulateSettings) -> System:
         raise ConfigError("--prefill must be 0 or more and --decode at least 1")
 
     def engine(tp: int, pp: int, policy: Policy, budget: int, rules: Rules) -> EngineSpec:
+        given_s, entry = _seconds(settings.step_overhead_ms), profile.entry(tp)
         return EngineSpec(
-            latency=profile.entry(tp).latency,
+            latency=entry.latency,
             kv_tokens=profile.kv_capacity_tokens(tp, pp),
             pp=pp,
             policy=policy,
             rules=rules,
             max_num_batched_tokens=budget,
             max_num_seqs=settings.max_num_seqs,
-            step_overhead_s=settings.step_overhead_ms / 1e3,
+            step_overhead_s=(entry.between_steps_s or 0.0) if given_s is None else given_s,
             num_devices=tp * pp,
         )
 
@@ -246,14 +265,21 @@ def system_of(settings: SimulateSettings) -> System:
     elif scheduling == "distserve":
         of_prefill = "whole", l_m
     packs = replace(rules, batch_tokens=l_m, backlog=not rules.batch_tokens)
+    lanes = min(settings.prefill_tp * settings.prefill_pp, settings.tp * settings.pp)
     return System(
         prefill=(engine(settings.prefill_tp, settings.prefill_pp, *of_prefill, packs),) * settings.prefill,
         decode=(engine(settings.tp, settings.pp, policy, settings.max_num_batched_tokens, rules),) * settings.decode,
-        link=_link(settings.link),
+        link=_link_of("--link", settings.link, _entries_of(settings, profile), lanes=lanes),
         kv_bytes_per_token=profile.model.kv_bytes_per_token,
         handoff_s=settings.handoff_ms / 1e3,
         first_token=_first_token(settings.first_token),
     )
+
+
+def _entries_of(settings: SimulateSettings, profile: Profile) -> list[ParallelEntry]:
+    """Those of the instances that are simulated."""
+    degrees = {settings.tp, *((settings.prefill_tp,) if settings.prefill else ())}
+    return [profile.entry(tp) for tp in sorted(degrees)]
 
 
 def replayed(settings: SimulateSettings) -> Workload:
@@ -304,10 +330,53 @@ def _mapper(processes: int) -> Iterator[Mapper]:
         yield pool.map
 
 
-def _link(name: str) -> Link:
+def measurements_used(entries: Sequence[ParallelEntry], *, hosts: bool, link: bool) -> list[str]:
+    """What is taken from a profile beside step times, a line each.
+
+    Args:
+        entries: that may be used.
+        hosts: the host's time is theirs, where they have it.
+        link: the link is theirs, likewise.
+    """
+    lines, hosts_ms = [], sorted({f"{(entry.between_steps_s or 0.0) * 1e3:.2f}" for entry in entries}, key=float)
+    if hosts and any(entry.between_steps_s for entry in entries):
+        values = " to ".join(dict.fromkeys((hosts_ms[0], hosts_ms[-1])))
+        lines.append(f"the host's time per step as measured: {values} ms; --step-overhead-ms 0 where it is hidden")
+    if link and (found := measured_link(entries)) is not None:
+        lines.append(
+            f"the link as measured: {found.bytes_per_s / 1e9:.2f} GB/s from rank to rank, "
+            f"{found.latency_s * 1e3:.2f} ms before the first byte"
+        )
+    return lines
+
+
+def measured_link(entries: Iterable[ParallelEntry]) -> Link | None:
+    """The slowest that was measured; None where none was."""
+    links = [entry.link for entry in entries if entry.link is not None]
+    return min(links, key=lambda link: link.bytes_per_s, default=None)
+
+
+def _link_of(option: str, name: str | None, entries: Iterable[ParallelEntry], *, lanes: int = 1) -> Link:
+    """The link that an option names; the measured one, so many times, where it names none or that."""
+    found = measured_link(entries)
+    if name in (None, MEASURED) and found is not None:
+        return replace(found, bytes_per_s=found.bytes_per_s * lanes)
+    if name == MEASURED:
+        raise ConfigError(
+            f"{option} {MEASURED}: this profile has measured none; measure it (`vllm-disagg profile` with --prefill "
+            f"and --decode), or name one of {', '.join(LINKS)}"
+        )
+    return _link(option, name or "nvlink")
+
+
+def _link(option: str, name: str) -> Link:
     if name not in LINKS:
-        raise ConfigError(f"the link must be one of {', '.join(LINKS)}, not {name!r}")
+        raise ConfigError(f"{option}: the link must be one of {', '.join(LINKS)}, not {name!r}")
     return LINKS[name]
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3
 
 
 def _policy(option: str, name: str) -> Policy:

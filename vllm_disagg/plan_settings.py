@@ -31,7 +31,11 @@ class DeploymentSettings:
     kv_patience_s: float = setting(
         default_of(EngineSettings, "patience_s"), "With phase, the engines' flag of that name."
     )
-    step_overhead_ms: float = setting(0.0, "Host time per engine step during which the device waits.")
+    step_overhead_ms: float | None = setting(
+        None,
+        "Host time per engine step during which the device waits; 0 where asynchronous scheduling hides it. Default: "
+        "what `vllm-disagg profile` has measured, 0 for a profile without that.",
+    )
     handoff_ms: float = setting(0.0, "From a prompt's end to the request's arrival at decode, without the KV.")
 
 
@@ -52,8 +56,12 @@ class PlanSettings(DeploymentSettings):
     rate: float | None = setting(None, "Requests per second to serve. Without it: the most per device.")
     nodes: int = setting(1, "Nodes of the cluster.")
     devices_per_node: int = setting(8, "Devices in each.")
-    intra_link: str = setting("nvlink", "Link of each device inside its node: none, nvlink, pcie5, 200g or 25g.")
-    inter_link: str = setting("25g", "Link of each node to the others, likewise.")
+    intra_link: str | None = setting(
+        None,
+        "Link of each device inside its node: profile for the measured one, none, nvlink, pcie5, 200g or 25g. Default: "
+        "profile where it has one, else nvlink.",
+    )
+    inter_link: str = setting("25g", "Link of each node to the others: none, nvlink, pcie5, 200g or 25g.")
     price: float = setting(1.0, "Price of a device, in any unit. Placements are ranked by goodput per price.")
     prefill_price: float | None = setting(None, "Price of one of prefill's devices, if it is another.")
     seeds: int = setting(5, "Workloads to measure the best placements with; their spread is the interval.")
@@ -86,7 +94,11 @@ class SimulateSettings(DeploymentSettings):
     policy: str = setting("chunked", "How colocated instances form steps: chunked, whole or prefill_first.")
     max_num_batched_tokens: int = setting(2048, "Tokens per step of a decode or colocated instance.")
     max_num_seqs: int = setting(1024, "Running requests of an instance.")
-    link: str = setting("nvlink", "Link between instances: none, nvlink, pcie5, 200g or 25g.")
+    link: str | None = setting(
+        None,
+        "Link between instances: profile for the measured one, as often as the smaller instance has devices; none, "
+        "nvlink, pcie5, 200g or 25g. Default: profile where it has one, else nvlink.",
+    )
     rates: str = setting("0.5,1,2,4,8", "Requests per second, one run for each.")
     requests: int = setting(5000, "Requests of a run.")
     seed: int = setting(0, "Of the workload.")

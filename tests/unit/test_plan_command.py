@@ -10,9 +10,14 @@ import pytest
 from click.testing import CliRunner
 
 from vllm_disagg import cli
+from vllm_disagg.core.link import LINKS, Link
 from vllm_disagg.core.profile import profile_document
 from vllm_disagg.errors import ConfigError, NoFeasiblePlacement
+from vllm_disagg.plan_command import question_of, system_of
+from vllm_disagg.plan_settings import PlanSettings, SimulateSettings
+from vllm_disagg.planner.candidates import Shape
 from vllm_disagg.profiles import load_profile
+from vllm_disagg.sim.system import System
 
 QUICK = ("--profile", "tiny", "--workload", "fixed:64/8", "--devices-per-node", "2", "--seeds", "2", "--processes", "1")
 
@@ -71,6 +76,77 @@ def test_how_instances_schedule_makes_a_difference(tmp_path: Path) -> None:
     assert prefill_run_s("phase") == prefill_run_s("distserve") < prefill_run_s("vllm")
 
 
+def measured_profile(folder: Path, **measurement: Any) -> str:
+    """The tiny profile, with this measured beside its step times."""
+    document = profile_document(load_profile("tiny"))
+    for entry in document["entries"]:
+        entry["measurement"] = measurement
+    file = folder / "measured.json"
+    file.write_text(json.dumps(document))
+    return str(file)
+
+
+PAIR = {"wire": "cma", "carrier": "nixl", "bytes_per_s": 2.5e9, "latency_s": 0.001, "page_bytes": 4096}
+
+
+def simulated(**settings: Any) -> System:
+    return system_of(SimulateSettings(workload="fixed:64/8", prefill=1, **settings))
+
+
+def test_what_was_measured_is_what_is_simulated(tmp_path: Path) -> None:
+    profile = measured_profile(tmp_path, between_steps_s=0.002, transfer=PAIR)
+
+    system = simulated(profile=profile)
+    assert {engine.step_overhead_s for engine in system.engines} == {0.002}
+    assert system.link == Link(bytes_per_s=2.5e9, latency_s=0.001) == simulated(profile=profile, link="profile").link
+
+    told = simulated(profile=profile, link="25g", step_overhead_ms=0.0)
+    assert {engine.step_overhead_s for engine in told.engines} == {0.0}
+    assert told.link == LINKS["25g"]
+
+
+def test_as_many_links_as_ranks_that_read_side_by_side(tmp_path: Path) -> None:
+    profile = measured_profile(tmp_path, transfer=PAIR)
+
+    assert simulated(profile=profile, prefill_pp=2, pp=4).link.bytes_per_s == 2 * 2.5e9
+
+
+def test_a_profile_that_measured_neither_gives_what_is_usual(tmp_path: Path) -> None:
+    profile = measured_profile(tmp_path, between_steps_s=None, transfer=None)
+
+    for system in (simulated(profile=profile), simulated(profile="tiny")):
+        assert {engine.step_overhead_s for engine in system.engines} == {0.0}
+        assert system.link == LINKS["nvlink"]
+
+
+def test_a_plan_rests_on_what_was_measured_and_says_so(tmp_path: Path) -> None:
+    profile = measured_profile(tmp_path, between_steps_s=0.002, transfer=PAIR)
+    options = ("plan", "--profile", profile, *QUICK[2:], "--slo-ttft-s", "0.05", "--slo-tpot-s", "0.05")
+
+    resources = question_of(PlanSettings(profile=profile, workload="fixed:64/8", seeds=1)).resources
+    assert resources.cluster.intra == Link(bytes_per_s=2.5e9, latency_s=0.001)
+    assert resources.decode_engine(Shape(1, 1)).step_overhead_s == 0.002
+    said = output(*options)
+    assert "host's time per step as measured: 2.00 ms" in said and "link as measured: 2.50 GB/s" in said
+    assert "as measured" not in output(*options, "--step-overhead-ms", "0", "--intra-link", "nvlink")
+
+
+@pytest.mark.parametrize(
+    ("measurement", "said"),
+    [
+        ({"between_steps_s": -0.1}, r"between_steps_s: expected 0 or more, not -0\.1"),
+        ({"between_steps_s": "quick"}, "between_steps_s: expected a finite number, not 'quick'"),
+        ({"transfer": {"wire": "cma"}}, "transfer.bytes_per_s: missing"),
+        ({"transfer": {**PAIR, "bytes_per_s": 0.0}}, "transfer.bytes_per_s: nothing can travel at 0"),
+        ({"transfer": {**PAIR, "latency_s": float("nan")}}, "transfer.latency_s: expected a finite number"),
+        ({"transfer": 3}, "transfer: expected an object, not 3"),
+    ],
+)
+def test_a_measurement_that_cannot_be(measurement: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        output("simulate", "--profile", measured_profile(tmp_path, **measurement))
+
+
 def test_simulate_draws_what_it_prints(tmp_path: Path) -> None:
     file, trace = tmp_path / "rates.svg", tmp_path / "trace.json"
     options = ("--profile", "tiny", "--workload", "fixed:64/8", "--requests", "200", "--rates", "20,10")
@@ -98,7 +174,10 @@ def test_simulate_replays_a_trace(tmp_path: Path) -> None:
     [
         (("plan", "--workload", "nothing"), "neither a file nor one of"),
         (("plan", "--workload", "fixed:5"), "fixed:PROMPT/OUTPUT"),
-        (("plan", *QUICK, "--intra-link", "string"), "the link must be one of"),
+        (("plan", *QUICK, "--intra-link", "string"), "--intra-link: the link must be one of"),
+        (("plan", *QUICK, "--intra-link", "profile"), "--intra-link profile: this profile has measured none"),
+        (("plan", *QUICK, "--inter-link", "profile"), "--inter-link: the link must be one of"),
+        (("simulate", "--link", "profile"), "--link profile: this profile has measured none"),
         (("plan", *QUICK, "--first-token", "proxy"), "--first-token must be one of"),
         (("plan", *QUICK, "--goal", "1.5"), "goal must lie between 0 and 1"),
         (("plan", *QUICK, "--slo-ttft-s", "-1"), "positive number of seconds"),

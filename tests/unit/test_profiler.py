@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import random
-from collections.abc import Sequence
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +20,26 @@ from vllm_disagg.core.probe import PairReport, ReadTiming, SourceReport, WorkerR
 from vllm_disagg.core.profile import ModelShape, parse_profile, profile_document
 from vllm_disagg.core.steps import RecordedStep
 from vllm_disagg.errors import ConfigError
-from vllm_disagg.planner.fit import judge_profile, region_of
-from vllm_disagg.profiler.cells import LONGEST_GROWTH, Cell, Limits, Pace, Prompts, Streams, cell_seconds, make_cells
+from vllm_disagg.planner.fit import Fit, judge_profile, region_of
+from vllm_disagg.profiler.cells import (
+    LONGEST_GROWTH,
+    Cell,
+    Limits,
+    Pace,
+    Prompts,
+    Streams,
+    cell_seconds,
+    make_cells,
+    pace_cell,
+)
 from vllm_disagg.profiler.document import entries_beside, fit_steps, profile_of, report, write_profile
 from vllm_disagg.profiler.drive import Batch, Seen, Stream, Window
 from vllm_disagg.profiler.engine import StepTail, shape_of_folder, tensor_parallel_of
 from vllm_disagg.profiler.facts import EngineFacts, read_facts, write_facts
 from vllm_disagg.profiler.journal import Entry, Journal
+from vllm_disagg.profiler.machine import Drift, at_mean_pace
 from vllm_disagg.profiler.points import measured, spreads
+from vllm_disagg.profiler.run import _in_turn
 from vllm_disagg.profiler.seen import steps_seen
 from vllm_disagg.profiler.settings import ProfileSettings
 from vllm_disagg.profiler.transfer import transfer_of
@@ -405,6 +420,100 @@ def test_the_cells_suffice_to_find_the_truth() -> None:
     assert sorted(off)[150] < 0.02 and sorted(off)[285] < 0.06
     assert all(error.median < 0.03 for error in result.fit.errors.values())
     assert result.fit.mixed_lengths is not None and result.fit.mixed_lengths.num_points >= 10
+
+
+# A machine that becomes slower and faster meanwhile.
+
+
+def timeline(
+    pace: Callable[[float], float],
+    *,
+    noise: float = 0.02,
+    truth: Callable[[list[tuple[int, int]]], float] | None = None,
+) -> dict[str, list[list[RecordedStep]]]:
+    """The same cells, one after the other on one clock, with looks at the pace between them."""
+    rng, found, at_s, since_s = random.Random(7), defaultdict[str, list[list[RecordedStep]]](list), 0.0, 10.0
+    took_s = truth or (lambda requests: TRUTH.step_s(work_of(requests)))
+
+    def measure(name: str, cell: Cell) -> None:
+        nonlocal at_s, since_s
+        steps, begin_s = [], at_s
+        for requests in _works(cell, rng):
+            step_s = took_s(requests) * pace(at_s) * rng.lognormvariate(0, noise)
+            steps.append(run(*requests, step_s=step_s, at_s=at_s))
+            at_s += step_s + 0.003
+        found[name].append(steps)
+        since_s += at_s - begin_s
+
+    for turn in range(2):
+        for cell in _in_turn(make_cells(LIMITS, PACE, budget_s=240), turn):
+            if since_s > 6:
+                measure("pace", pace_cell(LIMITS))
+                since_s = 0.0
+            measure(cell.name, cell)
+    return found
+
+
+def swell(at_s: float) -> float:
+    """Up and down by a quarter, and for a while by more."""
+    return (1 + 0.25 * math.sin(at_s / 25)) * (1.4 if 60 < at_s < 90 else 1.0)
+
+
+def off_from_the_truth(fit: Fit) -> float:
+    """At the median, over steps that were not measured, but for a factor that all have in common."""
+    rng = random.Random(3)
+    works = [[(rng.randint(20, 3000), 1) for _ in range(rng.randint(1, 60))] for _ in range(100)]
+    works += [[(0, rng.randint(16, 600)) for _ in range(rng.randint(1, 3))] for _ in range(100)]
+    ratios = [fit.latency.step_s(work_of(work)) / TRUTH.step_s(work_of(work)) for work in works]
+    return statistics.median(abs(ratio / statistics.median(ratios) - 1) for ratio in ratios)
+
+
+def test_a_drifting_pace_is_not_taken_for_a_cost_of_what_was_measured_then() -> None:
+    result = fit_steps(FACTS, timeline(swell), seconds=200.0, from_log=True)
+
+    assert result.drift.fast < 0.9 and result.drift.slow > 1.15
+    assert max(error.median for error in result.as_measured.errors.values()) > 0.05
+    assert max(error.median for error in result.fit.errors.values()) < 0.03
+    assert off_from_the_truth(result.fit) < 0.5 * off_from_the_truth(result.as_measured)
+    told = profile_of(result, command="").entry(1).measurement
+    raw, steady = (told[name]["decode"]["median"] for name in ("held_out_errors_as_measured", "held_out_errors"))
+    assert steady < 0.5 * raw and told["drift"]["slow"] > told["drift"]["fast"]
+    [line] = [line for line in report(result) if "pace moved" in line]
+    assert f"decode {raw:.1%}" in line
+
+
+def test_a_machine_that_keeps_its_pace_is_left_alone() -> None:
+    result = fit_steps(FACTS, timeline(lambda at_s: 1.0), seconds=200.0, from_log=True)
+
+    assert 0.99 < result.drift.fast <= 1.0 <= result.drift.slow < 1.01
+    for region, error in result.as_measured.errors.items():
+        assert result.fit.errors[region].median == pytest.approx(error.median, abs=0.003)
+
+
+def test_what_the_model_cannot_say_stays_its_error() -> None:
+    """Batches of an odd number take longer: no pace explains that, though all steps of such a time are slow."""
+
+    def odd(requests: list[tuple[int, int]]) -> float:
+        return TRUTH.step_s(work_of(requests)) * (1.3 if len(requests) % 2 else 1.0)
+
+    still, moved = (
+        fit_steps(FACTS, timeline(pace, truth=odd), seconds=200.0, from_log=True) for pace in (lambda at_s: 1.0, swell)
+    )
+
+    assert still.fit.errors["decode"].p90 > 0.15
+    assert moved.fit.errors["decode"].p90 > 0.8 * still.fit.errors["decode"].p90
+
+
+def test_noise_is_not_taken_for_a_pace() -> None:
+    result = fit_steps(FACTS, timeline(lambda at_s: 1.0, noise=0.1), seconds=200.0, from_log=True)
+
+    assert result.drift.slow / result.drift.fast < 1.03
+
+
+def test_what_was_measured_only_once_says_nothing_of_the_pace() -> None:
+    steps = {name: runs[:1] for name, runs in timeline(swell).items() if name.startswith("streams")}
+
+    assert at_mean_pace(steps) == (steps, Drift())
 
 
 def test_the_document_is_a_profile_that_says_how_it_was_made() -> None:

@@ -12,7 +12,7 @@ from vllm_disagg.profiler.steps import RecordedStep
 
 pytest.importorskip("scipy")
 
-from benchmarks.step_residuals import fit, jitter, residuals
+from benchmarks.step_residuals import fit, fit_through_drift, jitter, residuals
 
 TRUTH = LatencyModel(
     prefill=(Regime(constant_s=0.02, per_token_s=0.002, per_area_s=1e-6),),
@@ -56,6 +56,22 @@ def test_noise_is_found_as_jitter_and_does_not_bias_the_times() -> None:
 
     assert jitter(model, noisy) == pytest.approx(0.1, rel=0.15)
     assert residuals(model, noisy)["mixed"]["sum_ratio"] == pytest.approx(1.0, abs=0.02)
+
+
+def test_a_machine_that_becomes_slower_while_contexts_grow_does_not_make_contexts_dear() -> None:
+    """Streams that generate together: contexts and time are the same but for a factor."""
+    dice, load, at_s = random.Random(1), list[RecordedStep](), 0.0
+    for number in range(600):
+        requests = [(number // 2 + dice.randint(0, 400), 1) for _ in range(1 + number // 7 % 25)]
+        if number % 5 == 0:
+            requests = requests * (number % 2) + [(0, dice.randint(8, 300))]
+        step_s = TRUTH.step_s(work_of(requests)) * (1 + at_s / 400)
+        load.append(RecordedStep(at_s=at_s, step_s=step_s, requests=tuple(requests)))
+        at_s += step_s
+    plain, through = (model.decode[-1].per_context_s for model in (fit(load), fit_through_drift([load])))
+
+    assert plain > 5e-6
+    assert through < 1.5e-6
 
 
 def test_too_few_steps_are_refused() -> None:

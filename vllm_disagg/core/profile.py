@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
 from vllm_disagg.core.latency import LatencyModel, Regime
+from vllm_disagg.core.link import Link
 from vllm_disagg.errors import ConfigError
 
 FORMAT: Final = "vllm-disagg-profile"
@@ -64,6 +65,16 @@ class ParallelEntry:
     kv_capacity_tokens: Mapping[int, int]
     residuals: Mapping[str, float] = field(default_factory=dict)
     measurement: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def between_steps_s(self) -> float | None:
+        """The host's time from one step to the next; None where that was not measured."""
+        return _between_steps_s(_Fields(self.measurement, "measurement"))
+
+    @property
+    def link(self) -> Link | None:
+        """How KV travels from one rank to another; None where that was not measured."""
+        return _link(_Fields(self.measurement, "measurement"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +252,8 @@ def _published(numbers: Sequence[float], second: str, third: str, up_to: float =
 
 def _entry(item: _Fields) -> ParallelEntry:
     capacity = item.within("kv_capacity_tokens")
+    measurement = item.within("measurement") if item.has("measurement") else _Fields({}, "")
+    _between_steps_s(measurement), _link(measurement)  # what is wrong with them is told before anything is done
     return ParallelEntry(
         tp=item.whole("tp"),
         latency=LatencyModel(
@@ -252,8 +265,22 @@ def _entry(item: _Fields) -> ParallelEntry:
         residuals={name: item.within("residuals").number(name) for name in item.within("residuals").names()}
         if item.has("residuals")
         else {},
-        measurement=item.within("measurement").plain() if item.has("measurement") else {},
+        measurement=measurement.plain(),
     )
+
+
+def _between_steps_s(measurement: _Fields) -> float | None:
+    name = "between_steps_s"
+    return measurement.amount(name) if measurement.has(name, not_null=True) else None
+
+
+def _link(measurement: _Fields) -> Link | None:
+    if not measurement.has("transfer", not_null=True):
+        return None
+    told = measurement.within("transfer")
+    if not (bytes_per_s := told.amount("bytes_per_s")):
+        raise ConfigError(f"{told.where('bytes_per_s')}: nothing can travel at 0")
+    return Link(bytes_per_s=bytes_per_s, latency_s=told.amount("latency_s") if told.has("latency_s") else 0.0)
 
 
 def _regimes(item: _Fields, name: str) -> tuple[Regime, ...]:
@@ -298,8 +325,8 @@ class _Fields:
     def plain(self) -> dict[str, Any]:
         return dict(self._value)
 
-    def has(self, name: str) -> bool:
-        return name in self._value
+    def has(self, name: str, *, not_null: bool = False) -> bool:
+        return name in self._value and not (not_null and self._value[name] is None)
 
     def within(self, name: str) -> _Fields:
         return _Fields(self._get(name), self.where(name))
@@ -318,6 +345,12 @@ class _Fields:
 
     def number(self, name: str) -> float:
         return _number(self._get(name), self.where(name))
+
+    def amount(self, name: str) -> float:
+        number = self.number(name)
+        if number < 0:
+            raise ConfigError(f"{self.where(name)}: expected 0 or more, not {_shown(number)}")
+        return number
 
     def numbers(self, name: str, count: int) -> list[float]:
         value = self._get(name)

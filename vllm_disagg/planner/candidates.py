@@ -164,9 +164,10 @@ class Resources:
     def _engine(
         self, profile: Profile, shape: Shape, policy: Policy, budget: int, rules: Rules | None = None
     ) -> EngineSpec:
-        options = self.options
+        options, entry = self.options, profile.entry(shape.tp)
+        measured_s, given_s = entry.between_steps_s or 0.0, options.step_overhead_s
         return EngineSpec(
-            latency=profile.entry(shape.tp).latency,
+            latency=entry.latency,
             kv_tokens=profile.kv_capacity_tokens(shape.tp, shape.pp),
             block_size=options.block_size,
             pp=shape.pp,
@@ -174,7 +175,7 @@ class Resources:
             rules=rules or options.rules,
             max_num_batched_tokens=budget,
             max_num_seqs=options.max_num_seqs,
-            step_overhead_s=options.step_overhead_s,
+            step_overhead_s=measured_s if given_s is None else given_s,
             request_overhead_s=options.request_overhead_s,
             hop_s=options.hop_s,
             num_devices=shape.num_devices,

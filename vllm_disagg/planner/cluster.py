@@ -60,7 +60,8 @@ class EngineOptions:
         scheduling: how instances with a role schedule.
         rules: of `phase`. Their L_m of 0 stands for the one that `l_m_share` gives.
         prefill_budget: tokens per step of prefill instances, beyond which vLLM cuts a prompt.
-        step_overhead_s, request_overhead_s, hop_s: see `EngineSpec`.
+        step_overhead_s: see `EngineSpec`; None for what the profile has measured, 0 where its steps contain it.
+        request_overhead_s, hop_s: see `EngineSpec`.
         early_reads, handoff_s, dispatch_s, first_token, hold_cap_s, pull_timeout_s: see `System`.
     """
 
@@ -71,7 +72,7 @@ class EngineOptions:
     scheduling: Scheduling = "phase"
     rules: Rules = field(default_factory=Rules)
     prefill_budget: int = 2048
-    step_overhead_s: float = 0.0
+    step_overhead_s: float | None = 0.0
     request_overhead_s: float = 0.0
     hop_s: float = 0.0
     handoff_s: float = 0.0

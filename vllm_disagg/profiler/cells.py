@@ -29,6 +29,7 @@ _CELL_SHARE: Final = 0.06
 """Of the budget, that the prompts before one group of streams may take."""
 
 _KV_SHARE: Final = 0.9
+_PACE_STREAMS: Final = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +148,13 @@ def make_cells(limits: Limits, pace: Pace, *, budget_s: float, seed: int = 1) ->
     groups: list[Cell] = list(_groups(limits, pace, budget_s, rng))
     rng.shuffle(cells)
     return _interleaved(cells, groups)
+
+
+def pace_cell(limits: Limits) -> Streams:
+    """What is measured again and again between the others: few short streams, by which the machine's pace is known at
+    all times."""
+    number = min(_PACE_STREAMS, limits.max_seqs)
+    return Streams(contexts=(_SHORTEST,) * number, rungs=(Rung(num_streams=number),))
 
 
 def cell_seconds(cell: Cell, pace: Pace, *, fills_kv: bool) -> float:

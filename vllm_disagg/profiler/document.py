@@ -18,6 +18,7 @@ from vllm_disagg.core.steps import RecordedStep, cycles_s
 from vllm_disagg.errors import ConfigError
 from vllm_disagg.planner.fit import REGIONS, Fit, fit_latency, judge
 from vllm_disagg.profiler.facts import EngineFacts
+from vllm_disagg.profiler.machine import Drift, at_mean_pace
 from vllm_disagg.profiler.points import Measured, measured, spreads
 
 _RANGES: Final[dict[str, Callable[[StepWork], int]]] = {
@@ -33,7 +34,9 @@ class Result:
 
     Args:
         facts: of the engine.
-        fit: of its steps.
+        fit: of its steps, each at the pace that the machine had on average.
+        as_measured: of its steps as they were; the same where the pace did not move.
+        drift: of the pace.
         points: that were fitted.
         between_steps_s: the host's time from one step to the next; None where steps contain it.
         seconds: that measuring took.
@@ -43,6 +46,8 @@ class Result:
 
     facts: EngineFacts
     fit: Fit
+    as_measured: Fit
+    drift: Drift
     points: Sequence[Measured]
     between_steps_s: float | None
     seconds: float
@@ -75,9 +80,11 @@ def fit_steps(
     Raises:
         ConfigError: there are too few.
     """
-    points = measured(steps)
+    steady, drift = at_mean_pace(steps)
+    points = measured(steady)
     try:
         fit = fit_latency([item.point for item in points])
+        as_measured = fit if drift.is_none else fit_latency([item.point for item in measured(steps)])
     except ConfigError as error:
         raise ConfigError(f"{error}: give the measurement more time with --budget-min") from error
     runs = [run for runs in steps.values() for run in runs]
@@ -85,6 +92,8 @@ def fit_steps(
     return Result(
         facts=facts,
         fit=fit,
+        as_measured=as_measured,
+        drift=drift,
         points=points,
         between_steps_s=max(0.0, statistics.median(pauses)) if pauses else None,
         seconds=seconds,
@@ -182,14 +191,20 @@ def report(result: Result) -> list[str]:
             f"{label:<24}{ragged.num_points:>7}{ragged.median:>9.1%}{ragged.p90:>8.1%}{ragged.worst:>8.1%}          -"
         )
     lines.append("off by: held-out points against the fit, at the median; differ by: equal steps among themselves")
+    if not result.drift.is_none:
+        raw = ", ".join(f"{region} {error.median:.1%}" for region, error in result.as_measured.errors.items())
+        lines.append(
+            f"the machine's pace moved from {result.drift.fast:.0%} to {result.drift.slow:.0%} of a step's mean time; "
+            f"the table is without that, and with it points are off by: {raw}"
+        )
     lines.append(
         f"L_m {result.l_m_tokens} tokens; KV {result.facts.kv_capacity_tokens} tokens; "
         f"{sum(item.num_steps for item in result.points)} steps in {result.seconds:.0f} s"
     )
     if result.between_steps_s is not None:
         lines.append(
-            f"the host takes {result.between_steps_s * 1e3:.2f} ms between steps: --step-overhead-ms of `plan` and "
-            "`simulate`, unless asynchronous scheduling hides it"
+            f"the host takes {result.between_steps_s * 1e3:.2f} ms between steps, which `plan` and `simulate` add to "
+            "each; --step-overhead-ms 0 where asynchronous scheduling hides it"
         )
     if result.transfer is not None:
         lines.append(
@@ -201,9 +216,6 @@ def report(result: Result) -> list[str]:
 
 
 def _measurement(result: Result, command: str) -> dict[str, Any]:
-    named = {str(region): asdict(error) for region, error in result.fit.errors.items()}
-    if result.fit.mixed_lengths is not None:
-        named["prefill_mixed_lengths"] = asdict(result.fit.mixed_lengths)
     return {
         "command": command,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -211,7 +223,9 @@ def _measurement(result: Result, command: str) -> dict[str, Any]:
         "method": result.method,
         "engine": {name: value for name, value in result.facts.plain().items() if name != "model"},
         "host": {"system": platform.platform(), "python": platform.python_version()},
-        "held_out_errors": named,
+        "held_out_errors": _errors(result.fit),
+        "held_out_errors_as_measured": _errors(result.as_measured),
+        "drift": asdict(result.drift),
         "spreads": dict(spreads(result.points)),
         "ranges": {name: _range(result.points, value) for name, value in _RANGES.items()},
         "l_m_tokens": result.l_m_tokens,
@@ -222,6 +236,13 @@ def _measurement(result: Result, command: str) -> dict[str, Any]:
         ],
         "points_columns": [*StepWork.__dataclass_fields__, "seconds", "num_steps"],
     }
+
+
+def _errors(fit: Fit) -> dict[str, Any]:
+    named = {str(region): asdict(error) for region, error in fit.errors.items()}
+    if fit.mixed_lengths is not None:
+        named["prefill_mixed_lengths"] = asdict(fit.mixed_lengths)
+    return named
 
 
 def _range(points: Sequence[Measured], value: Callable[[StepWork], int]) -> list[int]:

@@ -38,8 +38,15 @@ def measured(steps: Mapping[str, Sequence[Sequence[RecordedStep]]]) -> list[Meas
         for run in runs:
             for step in run:
                 if step.step_s > 0 and (work := work_of(step.requests)) != StepWork():
-                    grouped[_group(cell, step, work)].append((work, step.step_s))
+                    grouped[group_of(cell, step, work)].append((work, step.step_s))
     return [_measured(name, samples) for name, samples in grouped.items()]
+
+
+def group_of(cell: str, step: RecordedStep, work: StepWork) -> str:
+    """The same for steps that computed the same. Decoding requests count by their number within a cell, where their
+    contexts are nearly the same all along; beside prompts likewise. Prompts count by their lengths."""
+    prompts = sorted(request for request in step.requests if request[1] > 1)
+    return f"{cell if work.num_decodes else ''}|{work.num_decodes}|{prompts}"
 
 
 def spreads(points: Iterable[Measured]) -> dict[Region, float]:
@@ -49,13 +56,6 @@ def spreads(points: Iterable[Measured]) -> dict[Region, float]:
         if item.num_steps > 2:
             found[region_of(item.point.work)].append(item.spread)
     return {region: statistics.median(values) for region, values in found.items()}
-
-
-def _group(cell: str, step: RecordedStep, work: StepWork) -> str:
-    """Decoding requests count by their number within a cell, where their contexts are nearly the same all along; beside
-    prompts likewise. Prompts count by their lengths."""
-    prompts = sorted(request for request in step.requests if request[1] > 1)
-    return f"{cell if work.num_decodes else ''}|{work.num_decodes}|{prompts}"
 
 
 def _measured(name: str, samples: Sequence[tuple[StepWork, float]]) -> Measured:

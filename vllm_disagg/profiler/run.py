@@ -10,7 +10,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ import click
 from vllm_disagg.core.steps import RecordedStep
 from vllm_disagg.errors import ConfigError
 from vllm_disagg.launcher.console import Console
-from vllm_disagg.profiler.cells import Cell, Limits, Pace, cell_seconds, make_cells
+from vllm_disagg.profiler.cells import Cell, Limits, Pace, Streams, cell_seconds, make_cells, pace_cell
 from vllm_disagg.profiler.document import Result, entries_beside, fit_steps, profile_of, report, write_profile
 from vllm_disagg.profiler.drive import EngineClient, connected, measure_pace, run_cell
 from vllm_disagg.profiler.engine import Target, engine_to_measure
@@ -31,6 +31,12 @@ from vllm_disagg.profiler.transfer import measure_transfer
 
 MOST_TURNS: Final = 3
 """Every cell is measured at most so many times."""
+
+PACE_SHARE: Final = 0.08
+"""Of the time, that looking at the machine's pace may take."""
+
+_PACE: Final = "pace: "
+"""Before the name of its cell."""
 
 _CAUTION: Final = 1.15
 """A cell is begun when so many times its expected length is left."""
@@ -129,20 +135,36 @@ async def _measure(
     cells = make_cells(limits, pace, budget_s=known["budget_s"])
     before_s = journal.spent_s
     clock = _Clock(budget_s - before_s - (time.monotonic() - begun_s), pace, limits.fills_kv, journal.entries)
-    done = {(entry.turn, entry.cell) for entry in journal.entries}
-    if done:
-        console.line(f"going on from {journal.path}: {len(done)} cells, {before_s:.0f} s")
+    done = {(entry.turn, entry.cell) for entry in journal.entries if not entry.cell.startswith(_PACE)}
+    if journal.entries:
+        console.line(f"going on from {journal.path}: {len(journal.entries)} cells, {before_s:.0f} s")
+    looks = _Looks(pace_cell(limits), journal.entries)
     with _shown(console) as show:
         for turn in range(MOST_TURNS):
-            for cell in cells:
+            for cell in _in_turn(cells, turn):
                 if (turn, cell.name) in done or not clock.has_time_for(cell):
                     continue
-                number = f"{len(journal.entries) + 1} of at most {MOST_TURNS * len(cells)}"
+                if looks.are_due():
+                    entry = await _one(target, client, looks.cell, looks.number, pace, limits)
+                    journal.add(replace(entry, cell=f"{_PACE}{entry.cell}"))
+                    looks.took(entry.seconds)
+                number = f"{len(done) + 1} of at most {MOST_TURNS * len(cells)}"
                 show(1 - clock.left_s / budget_s, f"{number}: {cell.name}")
                 entry = await _one(target, client, cell, turn, pace, limits)
                 journal.add(entry)
+                done.add((turn, cell.name))
                 clock.took(cell, entry.seconds)
+                looks.passed(entry.seconds)
         show(1.0, "")
+
+
+def _in_turn(cells: Sequence[Cell], turn: int) -> list[Cell]:
+    """Each time in another order: what was measured together at first is not so again, which tells the machine's pace
+    from what cells cost."""
+    order = list(cells)
+    if turn > 0:
+        random.Random(turn).shuffle(order)  # noqa: S311 - an order, not a secret
+    return order
 
 
 def limits_of(target: Target, kv_tokens: int) -> Limits:
@@ -194,6 +216,32 @@ class _Clock:
 
     def _expected(self, cell: Cell) -> float:
         return cell_seconds(cell, self._pace, fills_kv=self._fills_kv)
+
+
+class _Looks:
+    """When the machine's pace is looked at again: as often as `PACE_SHARE` of the time allows.
+
+    Attributes:
+        cell: what is measured for it.
+        number: of the next look.
+    """
+
+    def __init__(self, cell: Streams, entries: Sequence[Entry]) -> None:
+        self.cell = cell
+        self.number = sum(entry.cell.startswith(_PACE) for entry in entries)
+        self._since_s = self._took_s = 0.0
+
+    def are_due(self) -> bool:
+        return self._took_s <= PACE_SHARE * self._since_s
+
+    def took(self, seconds: float) -> None:
+        """There was a look."""
+        self.number += 1
+        self._since_s, self._took_s = 0.0, seconds
+
+    def passed(self, seconds: float) -> None:
+        """Something else was measured."""
+        self._since_s += seconds
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ def _attempt(system: System, workload: Workload, log_rows: int) -> tuple[Outcome
     parts = np.zeros((len(engines), max_stages, max_seqs + 1, 2), dtype=np.int64)
     left = np.full((len(engines), num_chunks + num, 4), k.NONE, dtype=np.int64) if num_chunks else None
     heap = np.zeros((3 * num + (max_stages + 4) * len(engines), 4))
-    W, G, ranks = _memory(system, num, num_kinds)
+    W, G, ranks = _memory(system, E, num, num_kinds)
     ids = prefixes.ids if num_chunks and prefixes else None
     with _without_collector(version=(left is None, ranks is None)):
         run(R, T, E, F, S, X, W, G, _latencies(system), parts, ids, left, ranks, heap, rows)
@@ -81,7 +81,8 @@ _ready: set[tuple[bool, bool]] = set()
 
 def _requests(system: System, workload: Workload) -> tuple[Any, Any, int]:
     num = len(workload)
-    R, T = np.zeros((num, k.NUM_R), dtype=np.int64), np.full((num, k.NUM_T), math.nan)
+    R, T = _in_lines(num, int(k.NUM_R), np.int64), _in_lines(num, int(k.NUM_T), np.float64)
+    T[:] = math.nan
     R[:, k.PROMPT] = R[:, k.KNOWN] = workload.prompt_tokens
     R[:, k.TOTAL] = workload.prompt_tokens + (1 if system.phase == "prefill" else workload.output_tokens)
     for column in (k.P, k.D, k.NEXT, k.PREVIOUS, k.NEXT_AWAY, k.PREVIOUS_AWAY, k.NEXT_HOLD, k.CACHED):
@@ -97,6 +98,15 @@ def _requests(system: System, workload: Workload) -> tuple[Any, Any, int]:
     T[:, k.ARRIVAL] = workload.arrival_s
     T[:, k.HOLD_UNTIL] = math.inf
     return R, T, len(different)
+
+
+def _in_lines(num: int, columns: int, kind: Any) -> Any:
+    """Rows of whole lines of the processor's cache, of 64 bytes. There is a row for each request, more than a cache
+    holds."""
+    width = -(-columns // 8) * 8
+    room = np.zeros(num * width + 8, dtype=kind)
+    begin = -room.ctypes.data % 64 // 8
+    return room[begin : begin + num * width].reshape(num, width)
 
 
 def _engines(system: System, chunk_tokens: int, max_seqs: int, max_stages: int) -> tuple[Any, Any]:
@@ -139,13 +149,15 @@ def _engines(system: System, chunk_tokens: int, max_seqs: int, max_stages: int) 
     return E, F
 
 
-def _memory(system: System, num_requests: int, num_kinds: int) -> tuple[Any, Any, Any]:
+def _memory(system: System, E: Any, num_requests: int, num_kinds: int) -> tuple[Any, Any, Any]:
     """What engines remember, scratch paper, and more of it where some engine orders prompts by another rule than
     their arrival."""
     engines = system.engines
-    windows = 1 + num_kinds if any(engine.policy == "decode" for engine in engines) else 0
-    W = np.zeros((len(engines), k.FIRST_WINDOW + windows * k.WINDOW_SIZE), dtype=np.int64)
-    G = np.zeros((k.NUM_G, max(LOOK_AHEAD, *(engine.num_blocks + 1 for engine in engines))), dtype=np.int64)
+    learns = any(engine.policy == "decode" for engine in engines)
+    E[:, k.BY_GROWTH] = k.FIRST_WINDOW + (1 + num_kinds if learns else 0) * k.WINDOW_SIZE
+    growths = 2 * (max(engine.num_blocks for engine in engines) + 1) if learns else 0
+    W = np.zeros((len(engines), int(E[0, k.BY_GROWTH]) + growths), dtype=np.int64)
+    G = np.zeros((k.NUM_G, LOOK_AHEAD), dtype=np.int64)
     orders = any(engine.policy == "prefill" and engine.rules.prefill_order != "fcfs" for engine in engines)
     return W, G, np.zeros((k.NUM_RANKS, num_requests)) if orders else None
 

@@ -93,11 +93,11 @@ def within_pace(S, new):
 
 
 @inner
-def has_room(R, T, E, F, S, W, G, i, r, parks):
+def has_room(R, T, E, F, S, W, i, r, parks):
     if S[FETCH_ONLY] == 1 and not parks:
         return False
     own = R[r, OWN + E[i, SIDE]] if R[r, EARLY] == 1 else ZERO
-    return may_come_in(R, T, E, F, S, W, G, i, r, E[i, FREE] + own)
+    return may_come_in(R, T, E, F, W, i, r, E[i, FREE] + own)
 
 
 @inner

@@ -1,13 +1,15 @@
-"""What requests are expected to take yet. Those who hold blocks are counted in `G` by how many they will still take."""
+"""What requests are expected to take yet. Those who hold blocks are counted in `W` by how many they will still take."""
 
 from __future__ import annotations
 
 from vllm_disagg.core.scheduling import growth as rules
 from vllm_disagg.sim.kernel.compiled import inner, inner_in_loops
 from vllm_disagg.sim.kernel.state import (
+    ANSWERED,
     ANSWERS,
     BLOCK_SIZE,
     BLOCKS,
+    BY_GROWTH,
     BY_LENGTH,
     BY_ORDER,
     COMPUTED,
@@ -15,9 +17,10 @@ from vllm_disagg.sim.kernel.state import (
     ENDS_AT,
     FIRST_WINDOW,
     FOLLOWING,
+    FOUND_AT,
+    FOUND_TO,
     GROWS,
     HEADROOM,
-    HELD_BY,
     HOLDERS,
     HOLDERS_ALL,
     HOLDERS_HELD,
@@ -25,7 +28,6 @@ from vllm_disagg.sim.kernel.state import (
     HOLDS_FOR,
     KIND,
     KNOWN,
-    LEAVING_BY,
     LONGER,
     MOST,
     MOST_GROWTH,
@@ -65,12 +67,21 @@ def _longer_than(lengths, count, generated):
 
 
 @inner_in_loops
-def remaining(R, T, E, W, i, r):
-    most = min(R[r, MOST], E[i, BLOCKS] * E[i, BLOCK_SIZE] - R[r, PROMPT])
-    generated = R[r, KNOWN] - R[r, PROMPT]
+def _most_of(R, E, i, r):
+    """No request outgrows the KV cache."""
+    return min(R[r, MOST], E[i, BLOCKS] * E[i, BLOCK_SIZE] - R[r, PROMPT])
+
+
+@inner_in_loops
+def _window_of(R, W, i, r):
+    """The answers of its kind; of all kinds, where these are few."""
     window = FIRST_WINDOW + (R[r, KIND] + 1) * WINDOW_SIZE
-    if W[i, window + COUNT] < rules.ENOUGH:
-        window = FIRST_WINDOW
+    return window if W[i, window + COUNT] >= rules.ENOUGH else FIRST_WINDOW
+
+
+@inner_in_loops
+def remaining(R, T, E, W, i, r):
+    generated, window = R[r, KNOWN] - R[r, PROMPT], _window_of(R, W, i, r)
     count, lengths = W[i, window + COUNT], W[i, window + BY_LENGTH : window + BY_ORDER]
     first = min(R[r, LONGER], count)  # as it was: from one step to the next it hardly moves
     while first > 0 and lengths[first - 1] > generated:
@@ -78,47 +89,78 @@ def remaining(R, T, E, W, i, r):
     while first < count and lengths[first] <= generated:
         first += 1
     R[r, LONGER] = first
-    return _remaining_of(lengths, count, first, T[r, QUANTILE], generated, most, rules.PRIOR)
+    return _remaining_of(lengths, count, first, T[r, QUANTILE], generated, _most_of(R, E, i, r), rules.PRIOR)
 
 
 @inner_in_loops
-def _count_in(S, G, held, growth, number):
-    G[HELD_BY, growth] += number * held
-    G[LEAVING_BY, growth] += number
-    S[HOLDERS] += number
-    S[HOLDERS_HELD] += number * held
-    S[HOLDERS_ALL] += number * (held + growth)
-    S[MOST_GROWTH] = max(S[MOST_GROWTH], growth)
+def _count(E, W, i, held, growth, number):
+    """Counts holders in, or out with a negative number."""
+    place = E[i, BY_GROWTH] + growth
+    W[i, place] += number * held
+    W[i, place + E[i, BLOCKS] + 1] += number
+    E[i, HOLDERS] += number
+    E[i, HOLDERS_HELD] += number * held
+    E[i, HOLDERS_ALL] += number * (held + growth)
+    E[i, MOST_GROWTH] = max(E[i, MOST_GROWTH], growth)
 
 
 @inner
-def holders_of(R, T, E, S, W, G, i):
+def _peak(E, W, i):
+    held, leaving, most = E[i, BY_GROWTH], E[i, BY_GROWTH] + E[i, BLOCKS] + 1, E[i, MOST_GROWTH]
+    while most > 0 and W[i, leaving + most] == 0:
+        most -= 1
+    E[i, MOST_GROWTH] = most
+    return _peak_of(W[i, held:leaving], W[i, leaving : leaving + most + 1], most)
+
+
+@inner
+def holders_of(R, T, E, W, i):
+    """Everybody who holds blocks is counted already, as was last found; from one step to the next few change."""
     for k in range(E[i, RUNNING]):
-        _count_holder(R, T, E, S, W, G, i, E[i, NUM_E + k])
+        r = E[i, NUM_E + k]
+        if not _stays(R, E, i, r):
+            _count_again(R, T, E, W, i, r)
     r = E[i, PARKED]
     while r != NONE:
-        _count_holder(R, T, E, S, W, G, i, r)
+        if not _stays(R, E, i, r):
+            _count_again(R, T, E, W, i, r)
         r = R[r, NEXT]
 
 
 @inner_in_loops
-def _count_holder(R, T, E, S, W, G, i, r):
-    """From one step to the next most hold as many blocks and will grow by as many: that saves divisions."""
+def _stays(R, E, i, r):
+    """Whether it holds as many blocks and will grow by as many as was last found."""
+    computed, holds_for = R[r, COMPUTED], R[r, HOLDS_FOR]
+    return (
+        R[r, FOUND_AT] == E[i, ANSWERED]
+        and R[r, KNOWN] <= R[r, FOUND_TO]
+        and computed <= holds_for
+        and computed > holds_for - E[i, BLOCK_SIZE]
+    )
+
+
+@inner_in_loops
+def _count_again(R, T, E, W, i, r):
     known, computed, block_size = R[r, KNOWN], R[r, COMPUTED], E[i, BLOCK_SIZE]
     rest = remaining(R, T, E, W, i, r)
+    R[r, FOUND_AT], R[r, FOUND_TO] = E[i, ANSWERED], _found_to(R, E, W, i, r)
     missing = R[r, HOLDS_FOR] - computed
-    if R[r, ENDS_AT] != known + rest or missing < 0 or missing >= block_size:
-        held, growth = _holding(known, computed, rest, block_size)
-        R[r, ENDS_AT], R[r, HOLDS_FOR], R[r, HOLDS], R[r, GROWS] = known + rest, held * block_size, held, growth
-    _count_in(S, G, R[r, HOLDS], R[r, GROWS], 1)
+    if R[r, ENDS_AT] == known + rest and missing >= 0 and missing < block_size:  # that saves divisions
+        return
+    held, growth = _holding(known, computed, rest, block_size)
+    _count(E, W, i, R[r, HOLDS], R[r, GROWS], -1)
+    _count(E, W, i, held, growth, 1)
+    R[r, ENDS_AT], R[r, HOLDS_FOR], R[r, HOLDS], R[r, GROWS] = known + rest, held * block_size, held, growth
 
 
-@inner
-def forget_holders(S, G):
-    """The scratch paper is clean for the next step."""
-    for growth in range(S[MOST_GROWTH] + 1):
-        G[HELD_BY, growth] = G[LEAVING_BY, growth] = 0
-    S[HOLDERS] = S[HOLDERS_HELD] = S[HOLDERS_ALL] = S[MOST_GROWTH] = 0
+@inner_in_loops
+def _found_to(R, E, W, i, r):
+    """As long as it has no more tokens, and no answer more is known, it is expected to end where it was."""
+    window = _window_of(R, W, i, r)
+    count, first = W[i, window + COUNT], R[r, LONGER]
+    if count < rules.ENOUGH or first >= count:
+        return R[r, KNOWN]
+    return R[r, PROMPT] + min(W[i, window + BY_LENGTH + first] - 1, _most_of(R, E, i, r))
 
 
 @inner
@@ -127,29 +169,38 @@ def promise_is_due(E, i):
 
 
 @inner
-def promise(E, S, G, i):
-    E[i, PROMISED_TO] = S[HOLDERS]
-    E[i, PROMISED] = _peak_of(G[HELD_BY], G[LEAVING_BY], S[MOST_GROWTH]) - S[HOLDERS_HELD]
+def promise(E, W, i):
+    E[i, PROMISED_TO] = E[i, HOLDERS]
+    E[i, PROMISED] = _peak(E, W, i) - E[i, HOLDERS_HELD]
 
 
 @inner
-def may_come_in(R, T, E, F, S, W, G, i, r, free):
-    if S[HOLDERS] == 0:
+def may_come_in(R, T, E, F, W, i, r, free):
+    if E[i, HOLDERS] == 0:
         return True
-    usable = S[HOLDERS_HELD] + free
+    usable = E[i, HOLDERS_HELD] + free
     held, growth = _holding(R[r, KNOWN], R[r, KNOWN], remaining(R, T, E, W, i, r), E[i, BLOCK_SIZE])
-    _count_in(S, G, held, growth, 1)
+    _count(E, W, i, held, growth, 1)
     room = int(usable * (1 - F[i, HEADROOM]))
     # What they hold and will ever take is no less than the peak, and is at hand.
-    fits = S[HOLDERS_ALL] <= room or _peak_of(G[HELD_BY], G[LEAVING_BY], S[MOST_GROWTH]) <= room
-    _count_in(S, G, held, growth, -1)
+    fits = E[i, HOLDERS_ALL] <= room or _peak(E, W, i) <= room
+    _count(E, W, i, held, growth, -1)
     return fits
 
 
 @inner
-def came_in(R, T, E, S, W, G, i, r):
+def came_in(R, T, E, W, i, r):
+    """It is counted as if its prompt were here, and again in the next step."""
     held, growth = _holding(R[r, KNOWN], R[r, KNOWN], remaining(R, T, E, W, i, r), E[i, BLOCK_SIZE])
-    _count_in(S, G, held, growth, 1)
+    _count(E, W, i, held, growth, 1)
+    R[r, HOLDS], R[r, GROWS], R[r, FOUND_AT], R[r, ENDS_AT] = held, growth, NONE, NONE
+
+
+@inner
+def went(R, E, W, i, r):
+    """It holds no blocks any more."""
+    if E[i, POLICY] == OURS_DECODE:
+        _count(E, W, i, R[r, HOLDS], R[r, GROWS], -1)
 
 
 @inner
@@ -175,3 +226,4 @@ def learn(R, E, W, i, r):
         length = R[r, KNOWN] - R[r, PROMPT]
         _add(W, i, FIRST_WINDOW + (R[r, KIND] + 1) * WINDOW_SIZE, length)
         _add(W, i, FIRST_WINDOW, length)
+        E[i, ANSWERED] += 1

@@ -9,6 +9,7 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import PassManager
 
+from vllm_disagg.sim.kernel.inference import ShortInference
 from vllm_disagg.sim.kernel.lowering import ShortLowering
 
 _NEEDLESS = (
@@ -20,7 +21,9 @@ _NEEDLESS = (
 """Passes for closures, comprehensions, literal types, exceptions and whole arrays. A function without any of these
 compiles to the same without them, and faster."""
 
-_STEPS = ("_optimize_final_module", "_finalize_final_module", "_finalize_dynamic_globals")
+_STEPS = (
+    "finalize", "_finalize_dynamic_globals", "_raise_if_finalized", "add_linking_library", "enable_object_caching",
+)  # fmt: skip
 
 if not all(hasattr(JITCodeLibrary, step) for step in _STEPS):
     raise ImportError("this numba finishes its libraries in another way")
@@ -31,13 +34,15 @@ class Whole(CompilerBase):
 
     def define_pipelines(self) -> list[PassManager]:
         """Asked by numba, once for each function."""
+        self.state.library = _WholeLibrary(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
+        self.state.library.enable_object_caching()
         return [_without_needless(DefaultPassBuilder.define_nopython_pipeline(self.state))]
 
 
 class Part(CompilerBase):
     """For what only compiled functions call. numba's own compiler optimises each function with all that it calls, and
     makes machine code of it, before it does the same for the caller, which contains them: with calls ten deep most of
-    the work is done ten times. This one leaves both to the outermost function."""
+    the work is done ten times. This one leaves both to the outermost function, which is joined with the others."""
 
     def define_pipelines(self) -> list[PassManager]:
         """See `Whole`. What makes lists needs all passes."""
@@ -65,10 +70,9 @@ class _PartLibrary(JITCodeLibrary):
     def codegen(self) -> Any:
         return _Generator(self._codegen)
 
-    def _optimize_final_module(self) -> None:
-        pass
-
-    def _finalize_final_module(self) -> None:
+    def finalize(self) -> None:
+        """Called when its function has been translated."""
+        self._raise_if_finalized()
         self._finalize_dynamic_globals()
         self._finalized = True
 
@@ -77,12 +81,25 @@ class _PartLibrary(JITCodeLibrary):
         return 0  # there is no entry from Python
 
 
+class _WholeLibrary(JITCodeLibrary):
+    def finalize(self) -> None:
+        """Joined with its parts, and theirs: they do not contain each other."""
+        for library in self._linking_libraries:  # grows meanwhile
+            for part in library._linking_libraries if isinstance(library, _PartLibrary) else ():
+                if part not in self._linking_libraries:
+                    self._linking_libraries.append(part)
+        super().finalize()
+
+
+_SHORTER = {"NopythonTypeInference": ShortInference, "NativeLowering": ShortLowering}
+
+
 def _without_needless(passes: PassManager) -> PassManager:
-    """The same passes, each once, with a shorter last one."""
+    """The same passes, each once, the longest ones shorter."""
     kept, seen = PassManager(passes.pipeline_name), set()
     for step, description in passes.passes:
         if step.__name__ not in _NEEDLESS and step not in seen:
-            kept.add_pass(ShortLowering if step.__name__ == "NativeLowering" else step, description)
+            kept.add_pass(_SHORTER.get(step.__name__, step), description)
             seen.add(step)
     kept.finalize()
     return kept

@@ -202,7 +202,7 @@ def _run_of(version: str) -> Any:
                 elif kind in (QUEUED, HANDED_OVER, PULLED):
                     place = R[subject, D] if R[subject, ON_DECODE] == 1 else R[subject, P]
                     if kind == PULLED:
-                        end_pull(R, T, E, S, ids, left, subject, now_s)
+                        end_pull(R, T, E, S, W, ids, left, subject, now_s)
                     else:
                         _enqueue(R, T, E, place, subject, now_s)
                         if kind == HANDED_OVER:

@@ -33,15 +33,18 @@ HANDED_OVER, PULLED, QUEUED, STAGE_FREE, STEP_END, WAKE = (
     np.int64(getattr(reference, name)) for name in ("HANDED_OVER", "PULLED", "QUEUED", "STAGE_FREE", "STEP_END", "WAKE")
 )
 
-# Columns of R, one row per request, those of every step first. Pairs are for the prefill and for the decode instance.
+# Columns of R, one row per request, eight to a line of the processor's cache: first those of all who wait or run, then
+# those of each step. Pairs are for the prefill and for the decode instance.
 # After NEXT and NEXT_AWAY comes the way back. HOLDS and GROWS are what was last found of one that holds blocks: true as
-# long as it is expected to end at ENDS_AT tokens, and has KV of at most HOLDS_FOR tokens and not of a block less.
+# long as it is expected to end at ENDS_AT tokens, and has KV of at most HOLDS_FOR tokens and not of a block less. That
+# it ends there was found when FOUND_AT answers were known, and with these is true up to FOUND_TO tokens.
 (
-    KNOWN, COMPUTED, ROOM, ROOM_D, EPOCH, TOTAL, PROMPT, SPLIT, ON_DECODE, MOST, KIND, LONGER, ENDS_AT, HOLDS_FOR,
-    HOLDS, GROWS, PREEMPTIONS, REMOTE, EARLY, PULLING, NEXT, PREVIOUS, NUM_CHUNKS, FIRST_CHUNK, NEXT_AWAY,
-    PREVIOUS_AWAY, OWN, OWN_D, CHUNKS, CHUNKS_D, HELD, HELD_D, P, D, PULL_FAILED, NEXT_HOLD, CACHED, REFUSED, PASSES,
-    NUM_R,
-) = _numbers(40)  # fmt: skip
+    KNOWN, COMPUTED, ROOM, ROOM_D, EPOCH, NEXT, PREVIOUS, NUM_CHUNKS,
+    TOTAL, SPLIT, ON_DECODE, PROMPT, FOUND_AT, FOUND_TO, HOLDS_FOR, LONGER,
+    KIND, MOST, ENDS_AT, HOLDS, GROWS, FIRST_CHUNK, REMOTE, EARLY,
+    PULLING, PREEMPTIONS, NEXT_AWAY, PREVIOUS_AWAY, OWN, OWN_D, CHUNKS, CHUNKS_D,
+    HELD, HELD_D, P, D, PULL_FAILED, NEXT_HOLD, CACHED, REFUSED, PASSES, NUM_R,
+) = _numbers(42)  # fmt: skip
 
 # Columns of T, likewise. AHEAD and COST are of the moment in which victims are chosen.
 (
@@ -51,14 +54,16 @@ HANDED_OVER, PULLED, QUEUED, STAGE_FREE, STEP_END, WAKE = (
 
 # Columns of E, one row per engine. From NUM_E on: its running requests. After the first of a queue comes its last.
 # NUM_AWAY and NUM_LOCAL count those that wait, NUM_COMING those whose KV comes early, NUM_HERE those parked whose KV is
-# here.
+# here. ANSWERED counts the answers that were learned from. HOLDERS to MOST_GROWTH are of those who hold blocks; none of
+# them grows by more than MOST_GROWTH, and BY_GROWTH is where W counts them.
 (
     BLOCKS, BLOCK_SIZE, STAGES, POLICY, BUDGET, MAX_SEQS, WATERMARK, CHUNK_TOKENS, SIDE, END,
     FREE, RUNNING, WAITING, WAITING_LAST, AWAY, AWAY_LAST, PARKED, PARKED_LAST, NUM_PARKED, STEP_FIRST, STEP_COUNT,
     HOLD, HOLD_LAST, LOAD_TOKENS, LOAD_REQUESTS, LAST_CHOSEN, LEFT_FIRST, LEFT_LAST, LEFT_BLOCKS, HELD_BLOCKS,
     NUM_QUEUED, NUM_FORMED, NUM_PREEMPTED, PROMISED, PROMISED_TO, RESERVED, LENT, LONGEST, NUM_RECENT, ORDER,
-    BATCH_TOKENS, MOST_BATCH, NUM_AWAY, NUM_LOCAL, NUM_COMING, NUM_HERE, NUM_E,
-) = _numbers(47)  # fmt: skip
+    BATCH_TOKENS, MOST_BATCH, NUM_AWAY, NUM_LOCAL, NUM_COMING, NUM_HERE, ANSWERED, HOLDERS, HOLDERS_HELD,
+    HOLDERS_ALL, MOST_GROWTH, BY_GROWTH, NUM_E,
+) = _numbers(53)  # fmt: skip
 
 # Columns of F. From NUM_F on: when each stage is free.
 (
@@ -66,27 +71,28 @@ HANDED_OVER, PULLED, QUEUED, STAGE_FREE, STEP_END, WAKE = (
 ) = _numbers(10)  # fmt: skip
 
 # Places in S. From NUM_S on: the engines that may form a step. TOKENS to CONTEXT are of the step that is being formed,
-# HOLDERS to MOST_GROWTH are of those who hold blocks then, and PACED to FETCH_ONLY are its plan.
+# and PACED to FETCH_ONLY are its plan.
 (
     PUSHED, CHOICES, STEPS, EVENTS, LOGGED, HEAP, DIRTY, NUM_PREFILL, FIRST_FROM_PREFILL, MIN_SPLIT, PHASE, KV_BYTES,
-    READS_EARLY, TOKENS, AREA, PREFILLS, DECODES, CONTEXT, HOLDERS, HOLDERS_HELD, HOLDERS_ALL, MOST_GROWTH, PACED,
-    PROMPT_TOKENS, LOCAL_TOKENS, FETCH_ONLY, NUM_S,
-) = _numbers(27)  # fmt: skip
+    READS_EARLY, TOKENS, AREA, PREFILLS, DECODES, CONTEXT, PACED, PROMPT_TOKENS, LOCAL_TOKENS, FETCH_ONLY,
+    NUM_S,
+) = _numbers(23)  # fmt: skip
 
 # Places in X. From NUM_X on: when each link end is free to send, and to receive.
 BANDWIDTH, LATENCY, HANDOFF, DISPATCH_S, HOLD_CAP, PULL_TIMEOUT, NUM_X = _numbers(7)
 
 # Places in a row of W: blocks of recent prompts, then a window of answers for all kinds, and one for each kind. A
 # window has how many answers it holds, where the next one goes, the answers by length, and the answers in their order.
+# From BY_GROWTH of the engine on: for each growth from 0 to all blocks what those hold who will grow by so many, and
+# then how many they are.
 FIRST_WINDOW = np.int64(RECENT_PROMPTS)
 ANSWERS = np.int64(WINDOW)
 COUNT, FOLLOWING, BY_LENGTH, BY_ORDER, WINDOW_SIZE = (
     np.int64(number) for number in (0, 1, 2, 2 + WINDOW, 2 + 2 * WINDOW)
 )
 
-# Rows of G: for each growth the blocks held and the requests with it; the first of a line, what they cost, and who is
-# chosen.
-HELD_BY, LEAVING_BY, LINE, TOKENS_OF, BLOCKS_OF, CHOSEN, NUM_G = _numbers(7)
+# Rows of G: the first of a line, what they cost, and who is chosen.
+LINE, TOKENS_OF, BLOCKS_OF, CHOSEN, NUM_G = _numbers(5)
 
 # Rows of `ranks`.
 RUN_S, DEADLINE, KEPT, WHO, NUM_RANKS = _numbers(5)

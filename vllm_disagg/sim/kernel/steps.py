@@ -7,7 +7,7 @@ import math
 from vllm_disagg.sim.kernel.blocks import find, grow, hit_tokens, hold, missing, price, publish, release
 from vllm_disagg.sim.kernel.compiled import inner
 from vllm_disagg.sim.kernel.decode import asks, has_room, plan_decode, sees, sees_local, within_pace
-from vllm_disagg.sim.kernel.growth import came_in, forget_holders, holders_of, promise, promise_is_due
+from vllm_disagg.sim.kernel.growth import came_in, holders_of, promise, promise_is_due, went
 from vllm_disagg.sim.kernel.lists import append, compute_here, note, take, wait_first, wait_no_more
 from vllm_disagg.sim.kernel.prefill import plan_prompts, put_back
 from vllm_disagg.sim.kernel.state import (
@@ -77,14 +77,12 @@ def form(R, T, E, F, S, X, W, G, table, parts, ids, left, ranks, heap, log, i, s
         budget = _budget(R, T, E, ids, left, i, now_s)
         preempted, admits = False, True
         if E[i, POLICY] != PREFILL_FIRST:
-            budget, preempted = _continue_running(R, T, E, S, parts, ids, left, log, i, slot, budget, now_s)
+            budget, preempted = _continue_running(R, T, E, S, W, parts, ids, left, log, i, slot, budget, now_s)
             admits = not preempted
         if admits:
             _admit(R, T, E, F, S, X, W, G, parts, ids, left, heap, log, i, slot, chosen, budget, now_s)
             if E[i, POLICY] == PREFILL_FIRST and parts[i, slot, 0, 0] == 0:
-                budget, preempted = _continue_running(R, T, E, S, parts, ids, left, log, i, slot, budget, now_s)
-        if E[i, POLICY] == OURS_DECODE:
-            forget_holders(S, G)
+                budget, preempted = _continue_running(R, T, E, S, W, parts, ids, left, log, i, slot, budget, now_s)
         if parts[i, slot, 0, 0] > 0 or not preempted:
             return
 
@@ -97,8 +95,8 @@ def _plan(R, T, E, F, S, W, G, table, ids, left, ranks, i, now_s):
     if E[i, POLICY] == OURS_DECODE:
         due = early and promise_is_due(E, i)
         if due:
-            holders_of(R, T, E, S, W, G, i)
-            promise(E, S, G, i)
+            holders_of(R, T, E, W, i)
+            promise(E, W, i)
     E[i, NUM_FORMED] += 1
     if early:
         keep_reserve(R, E, left, i)
@@ -107,7 +105,7 @@ def _plan(R, T, E, F, S, W, G, table, ids, left, ranks, i, now_s):
     if E[i, POLICY] == OURS_DECODE:
         plan_decode(R, T, E, F, S, table, i, now_s)
         if not due and asks(E, S, i):
-            holders_of(R, T, E, S, W, G, i)
+            holders_of(R, T, E, W, i)
     return ZERO
 
 
@@ -133,7 +131,7 @@ def _give_up_expired(R, T, E, i, r, now_s):
 
 
 @inner
-def _continue_running(R, T, E, S, parts, ids, left, log, i, slot, budget, now_s):
+def _continue_running(R, T, E, S, W, parts, ids, left, log, i, slot, budget, now_s):
     position, preempted = ZERO, False
     while position < E[i, RUNNING] and budget > 0:
         position, num = _continue_decoding(R, E, S, parts, i, slot, position, budget)
@@ -149,7 +147,7 @@ def _continue_running(R, T, E, S, parts, ids, left, log, i, slot, budget, now_s)
         while alive and missing(E, R, i, r, R[r, COMPUTED] + new) > E[i, FREE]:
             E[i, RUNNING] -= 1
             victim = E[i, NUM_E + E[i, RUNNING]]
-            _preempt(R, T, E, S, ids, left, log, i, victim, now_s)
+            _preempt(R, T, E, S, W, ids, left, log, i, victim, now_s)
             preempted, alive = True, victim != r
         if not alive:
             break
@@ -199,7 +197,7 @@ def _admit(R, T, E, F, S, X, W, G, parts, ids, left, heap, log, i, slot, chosen,
             if budget <= 0 or E[i, RUNNING] >= E[i, MAX_SEQS]:
                 return
             r = G[LINE, G[CHOSEN, k]]
-            new = _admit_one(R, T, E, F, S, X, W, G, parts, ids, left, heap, log, i, slot, r, budget, now_s)
+            new = _admit_one(R, T, E, F, S, X, W, parts, ids, left, heap, log, i, slot, r, budget, now_s)
             if new == NONE:
                 return
             budget -= new
@@ -222,7 +220,7 @@ def _admit(R, T, E, F, S, X, W, G, parts, ids, left, heap, log, i, slot, chosen,
                     return
                 _give_up_expired(R, T, E, i, r, now_s)
                 if sees(R, S, r) and not (R[r, EARLY] == 1 and R[r, PULLING] == 1):
-                    new = _admit_one(R, T, E, F, S, X, W, G, parts, ids, left, heap, log, i, slot, r, budget, now_s)
+                    new = _admit_one(R, T, E, F, S, X, W, parts, ids, left, heap, log, i, slot, r, budget, now_s)
                     if new == NONE:
                         return
                     budget -= new
@@ -254,14 +252,14 @@ def _admit_parked(R, T, E, S, parts, ids, left, i, slot, budget, now_s):
 
 
 @inner
-def _admit_one(R, T, E, F, S, X, W, G, parts, ids, left, heap, log, i, slot, r, budget, now_s):
+def _admit_one(R, T, E, F, S, X, W, parts, ids, left, heap, log, i, slot, r, budget, now_s):
     """NONE for a request that does not fit."""
     plans = E[i, POLICY] == OURS_DECODE
     watermark = E[i, WATERMARK] if E[i, RUNNING] > 0 else ZERO
     known = R[r, KNOWN]
     if R[r, EARLY] == 1:
         own = R[r, OWN + E[i, SIDE]]
-        if plans and not has_room(R, T, E, F, S, W, G, i, r, False):
+        if plans and not has_room(R, T, E, F, S, W, i, r, False):
             return NONE
         if missing(E, R, i, r, known) + watermark > E[i, FREE] + own:
             return NONE
@@ -270,7 +268,7 @@ def _admit_one(R, T, E, F, S, X, W, G, parts, ids, left, heap, log, i, slot, r, 
         E[i, LENT] -= own
         grow(E, R, left, i, r, known)
         if plans:
-            came_in(R, T, E, S, W, G, i, r)
+            came_in(R, T, E, W, i, r)
         new = known - R[r, COMPUTED]
         _start(R, T, E, S, parts, ids, left, i, slot, r, new, now_s)
         return new
@@ -278,7 +276,7 @@ def _admit_one(R, T, E, F, S, X, W, G, parts, ids, left, heap, log, i, slot, r, 
     hit = hit_tokens(E, i, found, known)
     needed = price(E, R, ids, left, i, r, found, known)
     if R[r, REMOTE] == 1 and R[r, PROMPT] - hit > 1:
-        if plans and not has_room(R, T, E, F, S, W, G, i, r, True):
+        if plans and not has_room(R, T, E, F, S, W, i, r, True):
             return NONE
         if needed + watermark > E[i, FREE] or needed + watermark + _reserved(R, E, i) > E[i, FREE]:
             return NONE
@@ -287,13 +285,13 @@ def _admit_one(R, T, E, F, S, X, W, G, parts, ids, left, heap, log, i, slot, r, 
         append(E, R, i, PARKED, NEXT, r)
         E[i, NUM_PARKED] += 1
         if plans:
-            came_in(R, T, E, S, W, G, i, r)
+            came_in(R, T, E, W, i, r)
         start_pull(R, T, E, S, X, heap, log, i, r, hit, now_s)
         return ZERO
     if (E[i, POLICY] == WHOLE or E[i, POLICY] == PREFILL_FIRST) and known - hit > budget:
         return NONE
     new = within_pace(S, min(known - hit, budget))
-    if new == 0 or (plans and not has_room(R, T, E, F, S, W, G, i, r, False)) or needed + watermark > E[i, FREE]:
+    if new == 0 or (plans and not has_room(R, T, E, F, S, W, i, r, False)) or needed + watermark > E[i, FREE]:
         return NONE
     wait_no_more(E, R, i, r)
     if R[r, REMOTE] == 1:
@@ -303,7 +301,7 @@ def _admit_one(R, T, E, F, S, X, W, G, parts, ids, left, heap, log, i, slot, r, 
     if R[r, CACHED] < 0:
         R[r, CACHED] = hit
     if plans:
-        came_in(R, T, E, S, W, G, i, r)
+        came_in(R, T, E, W, i, r)
     _start(R, T, E, S, parts, ids, left, i, slot, r, new, now_s)
     return new
 
@@ -348,9 +346,10 @@ def _schedule(R, E, S, parts, ids, left, i, slot, r, new):
 
 
 @inner
-def _preempt(R, T, E, S, ids, left, log, i, r, now_s):
+def _preempt(R, T, E, S, W, ids, left, log, i, r, now_s):
     note(S, log, PREEMPTION, now_s, now_s, i, r, float(R[r, COMPUTED]), 0.0, 0.0)
     release(E, R, ids, left, i, r)
+    went(R, E, W, i, r)
     R[r, COMPUTED] = 0
     R[r, EPOCH] += 1
     R[r, PREEMPTIONS] += 1

@@ -6,7 +6,7 @@ import math
 
 from vllm_disagg.sim.kernel.blocks import release
 from vllm_disagg.sim.kernel.compiled import inner
-from vllm_disagg.sim.kernel.growth import learn
+from vllm_disagg.sim.kernel.growth import learn, went
 from vllm_disagg.sim.kernel.lists import note, push
 from vllm_disagg.sim.kernel.state import (
     EPOCH,
@@ -62,6 +62,7 @@ def end_step(R, T, E, S, X, W, parts, ids, left, heap, log, i, now_s):
         if R[r, KNOWN] == R[r, TOTAL]:
             _leave_running(E, i, r)
             release(E, R, ids, left, i, r)
+            went(R, E, W, i, r)
             learn(R, E, W, i, r)
             finish(E, R, T, S, log, i, r, now_s)
 

@@ -7,6 +7,7 @@ import math
 from vllm_disagg.core.scheduling import reserve as reserving
 from vllm_disagg.sim.kernel.blocks import blocks, find, hit_tokens, hold, price, publish, release, set_aside
 from vllm_disagg.sim.kernel.compiled import inner
+from vllm_disagg.sim.kernel.growth import went
 from vllm_disagg.sim.kernel.lists import compute_here, mark, note, push, take, wait_first
 from vllm_disagg.sim.kernel.state import (
     BANDWIDTH,
@@ -121,14 +122,14 @@ def start_pull(R, T, E, S, X, heap, log, i, r, hit, now_s):
 
 
 @inner
-def end_pull(R, T, E, S, ids, left, r, now_s):
+def end_pull(R, T, E, S, W, ids, left, r, now_s):
     i = R[r, D]
     release_hold(R, E, S, ids, left, r)
     R[r, PULLING] = 0
     if R[r, EARLY] == 1:
         E[i, NUM_COMING] -= 1
     if R[r, PULL_FAILED] == 1:
-        _lose(R, T, E, ids, left, i, r)
+        _lose(R, T, E, W, ids, left, i, r)
         return
     R[r, COMPUTED] = min(R[r, PROMPT], R[r, KNOWN] - 1)
     T[r, TRANSFER_END] = now_s
@@ -141,7 +142,7 @@ def end_pull(R, T, E, S, ids, left, r, now_s):
 
 
 @inner
-def _lose(R, T, E, ids, left, i, r):
+def _lose(R, T, E, W, ids, left, i, r):
     R[r, COMPUTED] = 0
     T[r, TRANSFER_START] = math.nan
     if R[r, EARLY] == 1:
@@ -150,6 +151,7 @@ def _lose(R, T, E, ids, left, i, r):
     else:
         take(E, R, i, PARKED, NEXT, r)
         E[i, NUM_PARKED] -= 1
+        went(R, E, W, i, r)
         wait_first(E, R, i, r)
     release(E, R, ids, left, i, r)
 
