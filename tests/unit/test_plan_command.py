@@ -78,12 +78,7 @@ def test_how_instances_schedule_makes_a_difference(tmp_path: Path) -> None:
 
 def measured_profile(folder: Path, **measurement: Any) -> str:
     """The tiny profile, with this measured beside its step times."""
-    document = profile_document(load_profile("tiny"))
-    for entry in document["entries"]:
-        entry["measurement"] = measurement
-    file = folder / "measured.json"
-    file.write_text(json.dumps(document))
-    return str(file)
+    return profile_file(folder, measurement=measurement)
 
 
 PAIR = {"wire": "cma", "carrier": "nixl", "bytes_per_s": 2.5e9, "latency_s": 0.001, "page_bytes": 4096}
@@ -204,18 +199,19 @@ def test_what_cannot_be_is_one_line(arguments: tuple[str, ...], said: str) -> No
         CliRunner().invoke(cli.cli, arguments, catch_exceptions=False)
 
 
-def profile_file(folder: Path, **residuals: float) -> str:
-    """The tiny profile with these left over by its fit."""
+def profile_file(folder: Path, **more: dict[str, Any]) -> str:
+    """The tiny profile, whose entries also say this."""
     document = profile_document(load_profile("tiny"))
     for entry in document["entries"]:
-        entry["residuals"] = residuals
+        entry.update(more)
     file = folder / "profile.json"
     file.write_text(json.dumps(document))
     return str(file)
 
 
 def test_a_doubtful_fit_is_said_to_be_one(tmp_path: Path) -> None:
-    doubtful = profile_file(tmp_path, decode_median_relative_error=0.08, prefill_median_relative_error=0.02)
+    residuals = {"decode_median_relative_error": 0.08, "prefill_median_relative_error": 0.02}
+    doubtful = profile_file(tmp_path, residuals=residuals)
 
     last = output("plan", "--profile", doubtful, *QUICK[2:]).splitlines()[-1]
 
@@ -223,7 +219,7 @@ def test_a_doubtful_fit_is_said_to_be_one(tmp_path: Path) -> None:
 
 
 def test_a_bad_fit_is_refused_unless_accepted(tmp_path: Path) -> None:
-    bad = profile_file(tmp_path, decode_median_relative_error=0.2)
+    bad = profile_file(tmp_path, residuals={"decode_median_relative_error": 0.2})
 
     with pytest.raises(ConfigError, match=r"off by 20.0% .* or plan all the same with --accept-fit"):
         output("plan", "--profile", bad, *QUICK[2:])

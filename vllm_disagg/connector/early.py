@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm_disagg.connector.control_client import DecodeControl
@@ -79,16 +80,17 @@ class EarlyFetches:
             self._reserve.expect(len(remote))
         if self._control.readiness(handoff)[0] != "ready":
             return
+        kept = self._keep(cached) if idle else ()
         if idle:
-            blocks = self._reserve.take_free(len(remote), keep=cached)
+            blocks = self._reserve.take_free(len(remote))
         else:
             blocks = self._reserve.take(len(remote), most_growth=-(-request.max_tokens // self._block_size))
-        if not blocks:
-            return
-        if not self._handoffs.use(handoff):
+        if blocks and not self._handoffs.use(handoff):
             self._reserve.put_back(blocks)
+            blocks = ()
+        if not blocks:
+            self._let_go(kept)
             return
-        kept = self._keep(cached) if idle else ()
         now_s = time.monotonic()
         self._arrived[request.request_id] = Fetch(
             request_id=request.request_id,
@@ -150,15 +152,14 @@ class EarlyFetches:
             if again == list(blocks):
                 return True
             self._pool.free_blocks([self._pool.blocks[block] for block in again])
-        self._let_go(fetch)
-        if block_ids is not None and (
-            tuple(block_ids[0][fetch.first : fetch.first + len(blocks)]) == blocks[: len(block_ids[0]) - fetch.first]
-        ):
+        elif tuple(block_ids[0][fetch.first : fetch.first + len(blocks)]) == blocks[: len(block_ids[0]) - fetch.first]:
             self._reserve.returned(len(blocks))
+            self._let_go_of_prefix(fetch)
             fetch.blocks = ()
             return True
         logger.error("early.misplaced request=%s: no more early fetches", fetch.request_id)
         self._reserve.returned(len(blocks))
+        self._let_go_of_prefix(fetch)
         self._reserve.close()
         fetch.blocks = ()
         fetch.refused = "misplaced"
@@ -166,7 +167,6 @@ class EarlyFetches:
 
     def give_back(self, fetch: Fetch) -> None:
         """Its blocks go back to the pool, unread."""
-        self._let_go(fetch)
         if fetch.early and fetch.blocks:
             assert self._pool is not None
             free_blocks(self._pool, self.withdraw(fetch))
@@ -174,7 +174,7 @@ class EarlyFetches:
     def withdraw(self, fetch: Fetch) -> BlockIds:
         """Its blocks, which are the caller's now."""
         assert self._reserve is not None
-        self._let_go(fetch)
+        self._let_go_of_prefix(fetch)
         blocks, fetch.blocks = fetch.blocks, ()
         self._reserve.returned(len(blocks[0]))
         return blocks
@@ -190,20 +190,24 @@ class EarlyFetches:
         blocks = self._pool.blocks if self._pool is not None else ()
         return sum(blocks[block].ref_cnt == count for block, count in self._kept.items())
 
-    def _keep(self, cached: list[KVCacheBlock]) -> tuple[int, ...]:
-        assert self._pool is not None or not cached
-        if self._pool is not None:
-            self._pool.touch(cached)
+    def _keep(self, cached: Sequence[KVCacheBlock]) -> tuple[int, ...]:
+        if not cached:
+            return ()
+        assert self._pool is not None
+        self._pool.touch(cached)
         kept = tuple(block.block_id for block in cached)
         self._kept.update(kept)
         return kept
 
-    def _let_go(self, fetch: Fetch) -> None:
-        if fetch.kept:
+    def _let_go(self, kept: tuple[int, ...]) -> None:
+        if kept:
             assert self._pool is not None
-            kept, fetch.kept = fetch.kept, ()
             self._kept -= Counter(kept)
             free_blocks(self._pool, (kept,))
+
+    def _let_go_of_prefix(self, fetch: Fetch) -> None:
+        kept, fetch.kept = fetch.kept, ()
+        self._let_go(kept)
 
     def _cached_blocks(self, request: Request) -> list[KVCacheBlock]:
         """The prompt's first blocks, as far as vLLM's prefix cache holds them now. That may change where they are not

@@ -17,7 +17,6 @@ from vllm_disagg.core.scheduling.reserve import RECENT_PROMPTS, reserve_target
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,24 +83,13 @@ class Reserve:
             self._num_lent += num_blocks
             return tuple(taken)
 
-    def take_free(self, num_blocks: int, *, keep: Sequence[KVCacheBlock] = ()) -> tuple[int, ...]:
+    def take_free(self, num_blocks: int) -> tuple[int, ...]:
         """So many blocks that nobody uses, straight from vLLM's pool; empty if there are not. Only while no step is
-        under way, which could still write to some of them. Whether there is room for growth is not looked at.
-
-        Args:
-            num_blocks: of a prompt.
-            keep: cached blocks that must not be among them.
-        """
+        under way, which could still write to some of them. Whether there is room for growth is not looked at."""
         pool = self._pool
-        if pool is None or self._closed:
+        if pool is None or self._closed or pool.get_num_free_blocks() < num_blocks:
             return ()
-        pool.touch(keep)
-        try:
-            if pool.get_num_free_blocks() < num_blocks:
-                return ()
-            taken = tuple(block.block_id for block in pool.get_new_blocks(num_blocks))
-        finally:
-            pool.free_blocks(reversed(keep))
+        taken = tuple(block.block_id for block in pool.get_new_blocks(num_blocks))
         with self._lock:
             self._num_lent += num_blocks
         return taken

@@ -111,14 +111,7 @@ class LatencyModel:
         """`step_s` of a step that computes one whole prompt and nothing else; at hand where many are compared."""
         if tokens <= 1:
             return self.step_s(StepWork(num_decodes=tokens, decode_context=tokens))
-        regime = _at(self.prefill, tokens)
-        return max(
-            0.0,
-            regime.constant_s
-            + regime.per_token_s * tokens
-            + regime.per_area_s * (tokens * tokens)
-            + regime.per_prefill_s,
-        )
+        return self.step_s(StepWork(num_prefills=1, prefill_tokens=tokens, prefill_area=tokens * tokens))
 
     def _decode_s(self, work: StepWork) -> float:
         return _sum(_at(self.decode, work.num_decodes), work, 0)
