@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, cycle
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,9 @@ SHAPE = LoadShape(prompt_tokens=(16, 160), output_tokens=(8, 24))
 
 PROFILING = LoadShape(prompt_tokens=(8, 320), output_tokens=(3, 32))
 BURSTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 1, 2, 3, 4, 5, 6, 8, 10, 12)
-"""Requests of each burst of the profiling loads."""
+"""Requests of each burst of the profiling loads; a load has one of them."""
 
-BURST_SHARES = 12
-"""A profiling load is this part of them."""
-
-STEADY_S, STEADY_SHARE = 10.0, 0.4
+STEADY_S, STEADY_SHARE = 6.0, 0.4
 """A profiling load ends with so many seconds of independent arrivals, at this share of the capacity: a steady load's
 steps come one after the other without the pauses between bursts."""
 
@@ -71,11 +68,14 @@ WINDOW_S = 1.0
 """Over which the real device's pace is measured."""
 
 LONE_PROMPTS = (8, 24, 40, 56, 72, 88, 104, 120, 144, 176, 240, 320)
-"""Tokens of prompts that profiling loads send one after the other, a third of them each: steps that compute a prompt
+"""Tokens of prompts that profiling loads send one after the other, a sixth of them each: steps that compute a prompt
 alone."""
 
 CAPACITY_REQUESTS = 60
 """Sent within a second to see how many requests per second the real engine can answer."""
+
+BURST_STRIDE = 9
+"""From one load's burst to the next one's, in `BURSTS`: small and large ones take turns."""
 
 BURST_SPACING_S = (0.15, 0.45)
 """Mean time between the requests of a burst, in turn: some come while others are computed, so that there are mixed
@@ -164,27 +164,26 @@ async def warm_up(server: Server) -> None:
         assert not times.error, f"{server.name} does not work: {times.error}"
 
 
-async def profiling_load(server: Server, sizes: Sequence[int], rate_per_s: float, seed: Sequence[int]) -> None:
-    """Prompts one by one, then bursts of these sizes, then independent arrivals, each until its last answer."""
+async def profiling_load(server: Server, size: int, rate_per_s: float, seed: Sequence[int]) -> None:
+    """Prompts one by one, then a burst of this size, then independent arrivals, each until its last answer."""
     random = np.random.default_rng(list(seed))
 
     def request(num_prompt_tokens: int, num_output_tokens: int, at_s: float = 0.0) -> Request:
         prompt = tuple(random.integers(*PROFILING.token_ids, num_prompt_tokens).tolist())
         return Request(at_s=at_s, prompt=prompt, num_output_tokens=num_output_tokens)
 
-    lone = random.permutation(LONE_PROMPTS)[: len(LONE_PROMPTS) // 3].tolist()
-    loads = [[request(num_tokens, 2)] for num_tokens in lone] + [
-        [
-            request(
-                int(random.integers(*PROFILING.prompt_tokens)),
-                int(random.integers(*PROFILING.output_tokens)),
-                float(random.uniform(0, spacing_s * size)),
-            )
-            for _ in range(size)
-        ]
-        for size, spacing_s in zip(sizes, cycle(BURST_SPACING_S))
+    lone = random.permutation(LONE_PROMPTS)[: len(LONE_PROMPTS) // 6].tolist()
+    spacing_s = BURST_SPACING_S[seed[-1] % len(BURST_SPACING_S)]
+    burst = [
+        request(
+            int(random.integers(*PROFILING.prompt_tokens)),
+            int(random.integers(*PROFILING.output_tokens)),
+            float(random.uniform(0, spacing_s * size)),
+        )
+        for _ in range(size)
     ]
-    loads.append(poisson(PROFILING, rate_per_s=rate_per_s, seconds=STEADY_S, seed=(*seed, 1)))
+    steady = poisson(PROFILING, rate_per_s=rate_per_s, seconds=STEADY_S, seed=(*seed, 1))
+    loads = [*([request(num_tokens, 2)] for num_tokens in lone), burst, steady]
     for requests in loads:
         for times in await drive([server.url], requests):
             assert not times.error, f"{server.name}: {times.error}"
@@ -350,8 +349,8 @@ def measure_real(options: argparse.Namespace, folder: Path) -> Measured:
         options.rates = options.rates or tuple(round(share * capacity, 2) for share in SHARES)
         for index, load in enumerate((*compared_loads(options), None)):
             log.new()
-            sizes, seed = BURSTS[index % BURST_SHARES :: BURST_SHARES], (options.seed, 7, index)
-            asyncio.run(profiling_load(server, sizes, STEADY_SHARE * capacity, seed))
+            size, seed = BURSTS[index * BURST_STRIDE % len(BURSTS)], (options.seed, 7, index)
+            asyncio.run(profiling_load(server, size, STEADY_SHARE * capacity, seed))
             profiling.append(log.new())
             if load is not None:
                 runs.append(asyncio.run(compare(server, log, load, options.cores, engine=REAL)))
@@ -598,8 +597,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--rates", type=_rates, help="requests per second, as 1.2,1.8,2.4 (default: shares of what the engine can)"
     )
-    parser.add_argument("--requests", type=int, default=18, help="about how many per run (default: 18)")
-    parser.add_argument("--blocks", type=int, default=6, help="different loads of each rate (default: 6)")
+    parser.add_argument("--requests", type=int, default=9, help="about how many per run (default: 9)")
+    parser.add_argument("--blocks", type=int, default=14, help="different loads of each rate (default: 14)")
     parser.add_argument("--repetitions", type=int, default=2, help="of each load on each engine (default: 2)")
     parser.add_argument("--seed", type=int, default=1, help="of the loads (default: 1)")
     parser.add_argument("--out", type=Path, help="write PATH.md, PATH.json and PATH.profile.json")
