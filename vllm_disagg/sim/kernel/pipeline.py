@@ -22,8 +22,7 @@ _NEEDLESS = (
 compiles to the same without them, and faster."""
 
 _STEPS = (
-    "finalize", "_finalize_dynamic_globals", "_optimize_final_module", "_optimize_functions", "_raise_if_finalized",
-    "add_linking_library", "enable_object_caching",
+    "finalize", "_finalize_dynamic_globals", "_raise_if_finalized", "add_linking_library", "enable_object_caching",
 )  # fmt: skip
 
 if not all(hasattr(JITCodeLibrary, step) for step in _STEPS):
@@ -66,13 +65,7 @@ class _Generator:
         return getattr(self._inside, name)
 
 
-class _Library(JITCodeLibrary):
-    def _optimize_functions(self, ll_module: Any) -> None:
-        """Called for each function by itself. All of them are optimised when they have been joined."""
-        ll_module.data_layout = self._codegen._data_layout
-
-
-class _PartLibrary(_Library):
+class _PartLibrary(JITCodeLibrary):
     @property
     def codegen(self) -> Any:
         return _Generator(self._codegen)
@@ -88,13 +81,7 @@ class _PartLibrary(_Library):
         return 0  # there is no entry from Python
 
 
-class _WholeLibrary(_Library):
-    def _optimize_final_module(self) -> None:
-        """Once, where numba inlines first, to find what counts references in vain: little does here. And without
-        vectors: what loops look up lies all over the place."""
-        passes, builder = self._codegen._module_pass_manager(loop_vectorize=False, slp_vectorize=False)
-        passes.run(self._final_module, builder)
-
+class _WholeLibrary(JITCodeLibrary):
     def finalize(self) -> None:
         """Joined with its parts, and theirs: they do not contain each other."""
         for library in self._linking_libraries:  # grows meanwhile
