@@ -19,7 +19,7 @@ from vllm_disagg.core.profile import ParallelEntry, Profile
 from vllm_disagg.core.scheduling.rules import Rules
 from vllm_disagg.core.slo import SLO
 from vllm_disagg.errors import ConfigError
-from vllm_disagg.plan_plots import draw_rates, draw_sensitivity, require_matplotlib
+from vllm_disagg.plan_plots import draw_rates, draw_sensitivity, require_drawable
 from vllm_disagg.plan_settings import DeploymentSettings, PlanSettings, SimulateSettings
 from vllm_disagg.planner.candidates import Resources
 from vllm_disagg.planner.cluster import Cluster, EngineOptions, Pool, Scheduling, critical_length
@@ -36,7 +36,7 @@ from vllm_disagg.sim.run import has_numba, simulate
 from vllm_disagg.sim.system import EngineSpec, FirstToken, Policy, System
 from vllm_disagg.sim.timeline import chrome_trace, parse_window
 from vllm_disagg.sim.traces import read_trace
-from vllm_disagg.sim.workload import Workload
+from vllm_disagg.sim.workload import Floats, Workload
 
 MEASURED: Final = "profile"
 """Name of the link that a profile has measured."""
@@ -47,10 +47,11 @@ NUM_REQUESTS = 20_000
 
 def run_plan(settings: PlanSettings) -> list[str]:
     """Make a plan and return the lines to print."""
+    require_writable(out=settings.out, plot=settings.plot)
     question = question_of(settings)
     doubts = doubts_of(question, accept=settings.accept_fit)
-    if settings.plot:
-        require_matplotlib()
+    drawn, kept = NUM_REQUESTS * len(question.workloads), sum(map(len, question.workloads))
+    doubts += _too_long(drawn - kept, drawn, question.resources.model.max_model_len)
     around: list[str] = []
     with _mapper(settings.processes) as mapper:
         plan = make_plan(question, mapper)
@@ -93,7 +94,9 @@ def question_of(settings: PlanSettings) -> Question:
     longest = max(int((workload.prompt_tokens + workload.output_tokens).max()) for workload in workloads)
     return Question(
         resources=Resources(
-            prefill=Pool(profile=prefill, price=settings.prefill_price or settings.price),
+            prefill=Pool(
+                profile=prefill, price=settings.price if settings.prefill_price is None else settings.prefill_price
+            ),
             decode=Pool(profile=profile, price=settings.price),
             cluster=Cluster(
                 num_nodes=settings.nodes,
@@ -165,38 +168,45 @@ def _around(found: Sensitivity) -> str:
 
 def run_simulate(settings: SimulateSettings) -> list[str]:
     """Simulate at each rate and return the lines to print."""
+    require_writable(out=settings.out, plot=settings.plot, timeline=settings.timeline)
+    rates, window_s = _rates(settings.rates), parse_window(settings.timeline_window)
     system, slo = system_of(settings), SLO(ttft_s=settings.slo_ttft_s, tpot_s=settings.slo_tpot_s)
-    workload = replayed(settings)
+    longest = load_profile(settings.profile, model=settings.model).model.max_model_len
+    whole = replayed(settings)
+    workload = whole.capped(longest)
+    doubts = _too_long(len(whole) - len(workload), len(whole), longest)
     rows, found = [], []
-    rates = _rates(settings.rates)
     if settings.timeline:
-        window_s = parse_window(settings.timeline_window)
         drawn = simulate(system, workload.paced(rates[0]), log=True)
         _write(settings.timeline, chrome_trace(system, drawn, window_s=window_s), indent=None)
     for rate in rates:
         outcome = simulate(system, workload.paced(rate))
         window = outcome.window(0.1)
         ttft, tpot = outcome.ttft_s[window], outcome.tpot_s[window]
+        latencies = {
+            f"{name}_p{percent}_s": _percentile(values, percent)
+            for name, values in (("ttft", ttft), ("tpot", tpot))
+            for percent in (50, 90)
+        }
         result: dict[str, Any] = {
             "rate": rate,
             "attainment": outcome.attainment(slo, skip=0.1),
-            "ttft_p50_s": float(np.nanpercentile(ttft, 50)),
-            "ttft_p90_s": float(np.nanpercentile(ttft, 90)),
-            "tpot_p50_s": float(np.nanpercentile(tpot, 50)) if np.isfinite(tpot).any() else None,
-            "tpot_p90_s": float(np.nanpercentile(tpot, 90)) if np.isfinite(tpot).any() else None,
-            "phases_s": {name: float(np.nanmean(values[window])) for name, values in outcome.phases().items()},
+            **{name: value if value is not None and np.isfinite(value) else None for name, value in latencies.items()},
+            "phases_s": {name: _mean(values[window]) for name, values in outcome.phases().items()},
             "preemptions": int(outcome.num_preemptions.sum()),
             "refused": int(outcome.refused.sum()),
         }
         found.append(result)
+        if outcome.refused.any():
+            doubts += [f"at {rate:g}/s {_some(int(outcome.refused.sum()), len(workload))} refused: an instance's KV "
+                       "cache or step is too small for them"]  # fmt: skip
         rows.append(
             (
-                f"{rate:g}", f"{result['attainment']:.1%}", _ms(result["ttft_p50_s"]), _ms(result["ttft_p90_s"]),
-                _ms(result["tpot_p50_s"]), _ms(result["tpot_p90_s"]),
+                f"{rate:g}", f"{result['attainment']:.1%}", *map(_ms, latencies.values()),
                 *(_ms(result["phases_s"][name]) for name in PHASES), str(result["preemptions"]),
             )
         )  # fmt: skip
-    goodput, said = _goodput(system, settings, workload, slo)
+    goodput, said = _goodput(system, settings, workload, slo, longest)
     if settings.out:
         document = {"workload": workload.source, "goodput": goodput, "runs": found}
         _write(settings.out, {"format": "vllm-disagg-simulation", "version": 1, **document})
@@ -214,13 +224,16 @@ def run_simulate(settings: SimulateSettings) -> list[str]:
         "",
         *used,
         said,
+        *(f"warning: {doubt}" for doubt in doubts),
     ]
 
 
-def _goodput(system: System, settings: SimulateSettings, workload: Workload, slo: SLO) -> tuple[float | None, str]:
+def _goodput(
+    system: System, settings: SimulateSettings, workload: Workload, slo: SLO, longest: int
+) -> tuple[float | None, str]:
     """The goodput, None where a trace is too short to tell, and the line to print."""
-    if not Path(settings.workload).exists():
-        workload = replayed(replace(settings, requests=NUM_REQUESTS))
+    if not _is_file(settings.workload):
+        workload = replayed(replace(settings, requests=NUM_REQUESTS)).capped(longest)
     try:
         goodput = find_goodput(system, [workload], slo).mean
     except ConfigError as error:
@@ -239,7 +252,12 @@ def system_of(settings: SimulateSettings) -> System:
     profile = load_profile(settings.profile, model=settings.model)
     policy, scheduling = _policy("--policy", settings.policy), _scheduling(settings.kv_scheduling)
     if settings.prefill < 0 or settings.decode < 1:
-        raise ConfigError("--prefill must be 0 or more and --decode at least 1")
+        raise ConfigError(
+            f"--prefill must be 0 or more and --decode at least 1, not {settings.prefill} and {settings.decode}"
+        )
+    for name in ("tp", "pp", "prefill_tp", "prefill_pp"):
+        if getattr(settings, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(settings, name)}")
 
     def engine(tp: int, pp: int, policy: Policy, budget: int, rules: Rules) -> EngineSpec:
         given_s, entry = _seconds(settings.step_overhead_ms), profile.entry(tp)
@@ -286,7 +304,9 @@ def replayed(settings: SimulateSettings) -> Workload:
     """The workload to simulate: a trace in its own order, anything else drawn."""
     if settings.requests < 1:
         raise ConfigError(f"--requests must be at least 1, not {settings.requests}")
-    if Path(settings.workload).exists():
+    if settings.seed < 0:
+        raise ConfigError(f"--seed must be 0 or more, not {settings.seed}")
+    if _is_file(settings.workload):
         return read_trace(settings.workload).head(settings.requests)
     lengths, arrivals = lengths_from(settings.workload), Arrivals(cv=settings.cv)
     return make_workload(lengths, num_requests=settings.requests, seed=settings.seed, arrivals=arrivals)
@@ -302,14 +322,31 @@ def lengths_from(name: str) -> Lengths:
         return SURROGATES[name]
     if name.startswith("fixed:"):
         prompt, _, output = name.removeprefix("fixed:").partition("/")
-        if not (prompt.isdecimal() and output.isdecimal() and int(prompt) > 0 and int(output) > 0):
+        if not all(part.isdecimal() and 0 < len(part) < 10 and int(part) > 0 for part in (prompt, output)):
             raise ConfigError(f"--workload: expected fixed:PROMPT/OUTPUT in tokens, such as fixed:512/64, not {name!r}")
         return FixedLengths(prompt_tokens=int(prompt), output_tokens=int(output))
-    if not Path(name).exists():
+    if not _is_file(name):
         raise ConfigError(
             f"--workload: {name!r} is neither a file nor one of {', '.join(sorted(SURROGATES))}, fixed:PROMPT/OUTPUT"
         )
     return lengths_of(read_trace(name))
+
+
+def _is_file(workload: str) -> bool:
+    """Whether it is a trace: what has a meaning of its own is none, whatever lies in the folder."""
+    return not (workload in SURROGATES or workload.startswith("fixed:")) and bool(workload) and Path(workload).exists()
+
+
+def _too_long(number: int, of: int, longest: int) -> list[str]:
+    """What is to be said of requests that no engine takes."""
+    if not number:
+        return []
+    return [f"{_some(number, of)} longer than the model's {longest} tokens and left out"]
+
+
+def _some(number: int, of: int) -> str:
+    share = number / of
+    return f"{number} of {of} requests ({share:.2%} of them) {'is' if number == 1 else 'are'}"
 
 
 @contextmanager
@@ -435,6 +472,40 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.0f}" if np.isfinite(seconds) else "never"
+
+
+def _percentile(values: Floats, percent: float) -> float | None:
+    """None where there is nothing to take it of; infinite where it is of a request that is refused."""
+    if np.isnan(values).all():
+        return None
+    return float(np.nanpercentile(values, percent, method="nearest" if np.isinf(values).any() else "linear"))
+
+
+def _mean(values: Floats) -> float | None:
+    """None where there is nothing to take it of."""
+    return None if np.isnan(values).all() else float(np.nanmean(values))
+
+
+def require_writable(*, plot: str | None = None, **files: str | None) -> None:
+    """Find out before minutes are spent on what is to be written.
+
+    Args:
+        plot, files: by the names of their options; None for what is not wanted.
+
+    Raises:
+        ConfigError: a file's folder is not there, it is a folder itself, or of no kind that can be drawn.
+    """
+    for name, path in {"plot": plot, **files}.items():
+        if path is None:
+            continue
+        if not Path(path).absolute().parent.is_dir():
+            raise ConfigError(
+                f"--{name} {path} cannot be written: No such file or directory: {Path(path).absolute().parent}"
+            )
+        if Path(path).is_dir():
+            raise ConfigError(f"--{name} {path} is a folder: name a file in it")
+    if plot is not None:
+        require_drawable(plot)
 
 
 def _write(path: str, document: dict[str, Any], *, indent: int | None = 1) -> None:

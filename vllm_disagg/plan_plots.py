@@ -27,6 +27,19 @@ def require_matplotlib() -> None:
         raise ConfigError("--plot needs matplotlib: pip install matplotlib") from error
 
 
+def require_drawable(path: str) -> None:
+    """The same for a file.
+
+    Raises:
+        ConfigError: nothing can be drawn, or not into a file of this name.
+    """
+    require_matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if path.rpartition(".")[2].lower() not in FigureCanvasBase.filetypes:
+        raise ConfigError(f"--plot {path}: the name must end in .svg, .png or .pdf")
+
+
 def draw_rates(path: str, runs: Sequence[dict[str, Any]], slo: SLO, goodput: float | None) -> None:
     """Attainment over the rate, and below it each latency as a share of its target.
 

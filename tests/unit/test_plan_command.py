@@ -191,7 +191,18 @@ def test_simulate_replays_a_trace(tmp_path: Path) -> None:
         (("simulate", "--kv-prefill-order", "lifo"), "prefill order must be one of fcfs, sjf, edf"),
         (("plan", *QUICK, "--kv-held-share", "2"), "held share must be above 0"),
         (("simulate", "--requests", "0"), "--requests must be at least 1"),
+        (("simulate", "--seed", "-1"), "--seed must be 0 or more, not -1"),
         (("simulate", "--tp", "3"), "no tensor-parallel degree 3"),
+        (("simulate", "--pp", "0"), "--pp must be at least 1, not 0"),
+        (("simulate", "--timeline-window", "90,60"), "FROM,TO in seconds.* not '90,60'"),
+        (("simulate", "--out", "no/such.json"), "--out no/such.json cannot be written: No such file or directory"),
+        (("simulate", "--profile", "tiny", "--workload", "fixed:9000/1"), "no request fits 4096 tokens"),
+        (("plan", *QUICK, "--out", "."), "--out . is a folder"),
+        (("plan", *QUICK, "--prefill-price", "0"), "price of a device must be a positive number, not 0.0"),
+        (("plan", *QUICK, "--nodes", "0"), "at least one node with one device, not 0 x 2"),
+        (("plan", "--workload", "."), "Is a directory; expected a trace"),
+        (("plan", "--workload", f"fixed:{10**20}/1"), "fixed:PROMPT/OUTPUT"),
+        (("plan", "--profile", "."), "give a JSON file or one of"),
     ],
 )
 def test_what_cannot_be_is_one_line(arguments: tuple[str, ...], said: str) -> None:
@@ -207,6 +218,30 @@ def profile_file(folder: Path, **more: dict[str, Any]) -> str:
     file = folder / "profile.json"
     file.write_text(json.dumps(document))
     return str(file)
+
+
+def test_requests_that_no_engine_takes_are_counted(tmp_path: Path) -> None:
+    rows = [{"timestamp": 100 * at, "input_length": 20 if at else 9000, "output_length": 4} for at in range(40)]
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("\n".join(map(json.dumps, rows)))
+
+    lines = output("simulate", "--profile", "tiny", "--workload", str(trace), "--rates", "5")
+
+    assert lines.endswith(
+        "warning: 1 of 40 requests (2.50% of them) is longer than the model's 4096 tokens and left out\n"
+    )
+
+
+def test_requests_that_do_not_fit_the_memory_are_counted(tmp_path: Path) -> None:
+    small = edited(tmp_path, ("entries", 0, "kv_capacity_tokens"), {"1": 64})
+    file = tmp_path / "runs.json"
+    options = ("--profile", small, "--workload", "fixed:64/8", "--requests", "20", "--rates", "5", "--out", str(file))
+
+    lines = output("simulate", *options)
+
+    assert "warning: at 5/s 20 of 20 requests (100.00% of them) are refused" in lines
+    assert "never" in lines
+    assert json.loads(file.read_text())["runs"][0]["ttft_p50_s"] is None
 
 
 def test_a_doubtful_fit_is_said_to_be_one(tmp_path: Path) -> None:

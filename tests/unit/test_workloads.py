@@ -238,7 +238,10 @@ def test_mooncake(tmp_path: Path) -> None:
         ('{"timestamp": 1, "input_length": 5}', "output_length must be a whole number"),
         ('{"timestamp": 1, "input_length": 0, "output_length": 1}', "input_length must be"),
         ('{"timestamp": NaN, "input_length": 1, "output_length": 1}', "timestamp must be a number"),
+        ('{"timestamp": -1, "input_length": 1, "output_length": 1}', "timestamp must be a number from 0 on, not -1"),
+        (f'{{"timestamp": 1, "input_length": {10**30}, "output_length": 1}}', "input_length must be a whole number"),
         ('{"timestamp": 1, "input_length": 1, "output_length": 1, "hash_ids": ["a"]}', "hash_ids"),
+        (f'{{"timestamp": 1, "input_length": 1, "output_length": 1, "hash_ids": [{2**70}]}}', "hash_ids"),
         ('{"timestamp": 1', "not JSON"),
         ("[]", "expected an object"),
     ],
@@ -282,6 +285,11 @@ def test_burstgpt_in_both_forms(tmp_path: Path, extra: str) -> None:
         ("TIMESTAMP,ContextTokens,GeneratedTokens\nsoon,1,1\n", "a.csv:2.*not a date"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,many,1\n", "a.csv:2.*must be a number"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03\n", "too few columns"),
+        (f"TIMESTAMP,ContextTokens,GeneratedTokens\n{'7' * 200_000},1,1\n", "a.csv:.*not a line of a table"),
+        (
+            "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,1,1e12\n",
+            "a whole number from 0 to 1000000000",
+        ),
         ("TIMESTAMP,ContextTokens\n", "no column 'GeneratedTokens'"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no requests"),
         ("a,b,c\n1,2,3\n", "not a trace of a known kind"),
@@ -296,6 +304,8 @@ def test_bad_tables_are_named(tmp_path: Path, text: str, said: str) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         read_trace(tmp_path / "none.jsonl")
+    with pytest.raises(ConfigError, match=r"Is a directory; expected a trace \(mooncake"):
+        read_trace(tmp_path)
 
 
 CONVERSATIONS = [

@@ -7,11 +7,12 @@ coefficients that DistServe published for OPT on A100 GPUs (`from_distserve`).
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
-from vllm_disagg.core.latency import LatencyModel, Regime
+from vllm_disagg.core.latency import LatencyModel, Regime, work_of
 from vllm_disagg.core.link import Link
 from vllm_disagg.errors import ConfigError
 
@@ -151,6 +152,9 @@ def parse_profile(document: Any, *, origin: str) -> Profile:
         raise ConfigError(f"{origin}: `kind` is {kind!r}, expected one of {', '.join(get_args(Kind))}")
     model = top.within("model")
     entries = [_entry(item) for item in top.items("entries")]
+    if not entries:
+        raise ConfigError(f"{origin}: `entries` is empty, expected one for each tensor-parallel degree")
+    _check_times(entries, model.whole("max_model_len"), origin)
     if len({entry.tp for entry in entries}) != len(entries):
         raise ConfigError(f"{origin}: two `entries` have the same `tp`")
     return Profile(
@@ -221,7 +225,7 @@ def from_distserve(
             capacity.setdefault(row.whole("tp"), {})[row.whole("pp")] = row.whole("max_num_tokens")
     entries = {}
     for degree in table.names():
-        fits, tp = table.within(degree), int(degree)
+        fits, tp = table.within(degree), table.key_as_int(degree)
         threshold = fits.whole("decoding_large_small_bs_threshold")
         entries[tp] = ParallelEntry(
             tp=tp,
@@ -267,6 +271,17 @@ def _entry(item: _Fields) -> ParallelEntry:
         else {},
         measurement=measurement.plain(),
     )
+
+
+def _check_times(entries: Sequence[ParallelEntry], longest: int, origin: str) -> None:
+    """Negative constants may be fitted to long steps, but a step that takes no time can be repeated for ever."""
+    for entry in entries:
+        for what, work in (("prefill", work_of([(0, max(2, longest))])), ("decode", work_of([(longest - 1, 1)]))):
+            if not 0 < (seconds := entry.latency.step_s(work)) < math.inf:
+                raise ConfigError(
+                    f"{origin}: by `{what}` of tp {entry.tp} a step of one request of {longest} tokens takes "
+                    f"{seconds:g} s; expected more than 0"
+                )
 
 
 def _between_steps_s(measurement: _Fields) -> float | None:
@@ -366,7 +381,7 @@ class _Fields:
 
     def key_as_int(self, name: str) -> int:
         if not name.isdecimal() or int(name) < 1:
-            raise ConfigError(f"{self._path}: expected pipeline degrees as names, not {name!r}")
+            raise ConfigError(f"{self._path}: expected degrees of parallelism as names, not {name!r}")
         return int(name)
 
     def _get(self, name: str) -> Any:
@@ -376,7 +391,7 @@ class _Fields:
 
 
 def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise ConfigError(f"{where}: expected a finite number, not {_shown(value)}")
     return float(value)
 

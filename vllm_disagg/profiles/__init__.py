@@ -36,8 +36,10 @@ def load_profile(name_or_path: str, *, model: str | None = None) -> Profile:
             f"no profile {name_or_path!r} ({error.strerror}): "
             f"give a JSON file or one of {', '.join(builtin_profiles())}"
         ) from error
-    except ValueError as error:
-        raise ConfigError(f"{name_or_path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{name_or_path} is not JSON: {error}; expected a profile, as `vllm-disagg profile` writes it"
+        ) from error
     if not is_distserve(document):
         profile = parse_profile(document, origin=str(path))
         if model is not None and profile.model.name != model:

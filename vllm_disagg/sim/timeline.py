@@ -144,5 +144,7 @@ def parse_window(text: str) -> tuple[float, float]:
     try:
         begin_s, end_s = (float(part) for part in parts)
     except ValueError:
-        raise ConfigError(f"expected a window as FROM,TO in seconds, such as 60,90, not {text!r}") from None
+        begin_s = end_s = math.nan
+    if not 0 <= begin_s < end_s:
+        raise ConfigError(f"expected a window as FROM,TO in seconds, such as 60,90, not {text!r}")
     return begin_s, end_s

@@ -28,6 +28,10 @@ MOONCAKE_CHUNK_TOKENS: Final = 512
 CHARACTERS_PER_TOKEN: Final = 4.0
 """Of English text, about, for ShareGPT without a tokenizer."""
 
+MOST_TOKENS: Final = 10**9
+"""No prompt and no answer is as long; whatever is has got into the wrong column."""
+
+_LAST_MOMENT: Final = 1e15
 _MAX_RECORD: Final = 64 * 2**20
 
 
@@ -60,10 +64,11 @@ def read_mooncake(path: Path, *, chunk_tokens: int = MOONCAKE_CHUNK_TOKENS) -> W
         where = f"{path}:{number}"
         record = _json(line, where)
         prompt = _count(record, "input_length", where)
-        rows.append((_number(record, "timestamp", where) / 1e3, prompt, _count(record, "output_length", where)))
+        moment_s = _moment(record.get("timestamp"), "timestamp", where) / 1e3
+        rows.append((moment_s, prompt, _count(record, "output_length", where)))
         ids = record.get("hash_ids") or []
-        if not isinstance(ids, list) or not all(isinstance(item, int) for item in ids):
-            raise ConfigError(f"{where}: hash_ids must be a list of whole numbers")
+        if not isinstance(ids, list) or not all(isinstance(item, int) and abs(item) < 2**63 for item in ids):
+            raise ConfigError(f"{where}: hash_ids must be a list of whole numbers of 64 bits")
         chunks.append(ids[: prompt // chunk_tokens])
     return _workload(rows, f"Mooncake trace {path.name}", chunks=chunks, chunk_tokens=chunk_tokens)
 
@@ -96,7 +101,7 @@ def read_burstgpt(path: Path, *, model: str | None = None) -> Workload:
         output = _whole(row["Response tokens"], "Response tokens", where)
         if output > 0 and model in (None, row["Model"]):
             prompt = _whole(row["Request tokens"], "Request tokens", where)
-            rows.append((_float(row["Timestamp"], "Timestamp", where), prompt, output))
+            rows.append((_moment(_float(row["Timestamp"], "Timestamp", where), "Timestamp", where), prompt, output))
     return _workload(rows, f"BurstGPT trace {path.name}")
 
 
@@ -217,7 +222,7 @@ def _lines(path: Path) -> Iterator[str]:
         with path.open(encoding="utf-8", errors="replace") as file:
             yield from file
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
+        raise ConfigError(f"{path}: {error.strerror}; expected a trace ({', '.join(get_args(TraceFormat))})") from error
 
 
 def _csv_rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
@@ -226,34 +231,42 @@ def _csv_rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[str, dict[s
     if missing := [name for name in needed if name not in names]:
         raise ConfigError(f"{path}: no column {missing[0]!r}; found {', '.join(names) or 'nothing'}")
     reader.fieldnames = names
-    for row in reader:
+    for row in _readable(reader, path):
         where = f"{path}:{reader.line_num}"
         if any(row[name] is None for name in needed):
             raise ConfigError(f"{where}: too few columns")
         yield where, row
 
 
+def _readable(reader: csv.DictReader[str], path: Path) -> Iterator[dict[str, str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise ConfigError(f"{path}:{reader.line_num}: not a line of a table: {error}") from error
+
+
 def _json(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{where}: not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{where}: not JSON: {error}; expected an object on each line, with timestamp, input_length, output_length"
+        ) from error
     if not isinstance(record, dict):
-        raise ConfigError(f"{where}: expected an object")
+        raise ConfigError(f"{where}: expected an object, not {line.strip()[:60]}")
     return record
 
 
-def _number(record: Mapping[str, Any], name: str, where: str) -> float:
-    value = record.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{where}: {name} must be a number, not {value!r}")
+def _moment(value: Any, name: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LAST_MOMENT:
+        raise ConfigError(f"{where}: {name} must be a number from 0 on, not {value!r}")
     return float(value)
 
 
 def _count(record: Mapping[str, Any], name: str, where: str) -> int:
     value = record.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{where}: {name} must be a whole number from 1 on, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_TOKENS:
+        raise ConfigError(f"{where}: {name} must be a whole number from 1 to {MOST_TOKENS}, not {value!r}")
     return value
 
 
@@ -269,6 +282,6 @@ def _float(text: str, name: str, where: str) -> float:
 
 def _whole(text: str, name: str, where: str) -> int:
     value = _float(text, name, where)
-    if value != int(value) or value < 0:
-        raise ConfigError(f"{where}: {name} must be a whole number from 0 on, not {text!r}")
+    if value != int(value) or not 0 <= value <= MOST_TOKENS:
+        raise ConfigError(f"{where}: {name} must be a whole number from 0 to {MOST_TOKENS}, not {text!r}")
     return int(value)

@@ -80,14 +80,20 @@ def _window_of(R, W, i, r):
 
 
 @inner_in_loops
-def remaining(R, T, E, W, i, r):
-    generated, window = R[r, KNOWN] - R[r, PROMPT], _window_of(R, W, i, r)
-    count, lengths = W[i, window + COUNT], W[i, window + BY_LENGTH : window + BY_ORDER]
+def _first_longer(R, lengths, count, r, generated):
     first = min(R[r, LONGER], count)  # as it was: from one step to the next it hardly moves
     while first > 0 and lengths[first - 1] > generated:
         first -= 1
     while first < count and lengths[first] <= generated:
         first += 1
+    return first
+
+
+@inner_in_loops
+def remaining(R, T, E, W, i, r):
+    generated, window = R[r, KNOWN] - R[r, PROMPT], _window_of(R, W, i, r)
+    count, lengths = W[i, window + COUNT], W[i, window + BY_LENGTH : window + BY_ORDER]
+    first = _first_longer(R, lengths, count, r, generated)
     R[r, LONGER] = first
     return _remaining_of(lengths, count, first, T[r, QUANTILE], generated, _most_of(R, E, i, r), rules.PRIOR)
 
@@ -141,26 +147,31 @@ def _stays(R, E, i, r):
 
 @inner_in_loops
 def _count_again(R, T, E, W, i, r):
-    known, computed, block_size = R[r, KNOWN], R[r, COMPUTED], E[i, BLOCK_SIZE]
-    rest = remaining(R, T, E, W, i, r)
-    R[r, FOUND_AT], R[r, FOUND_TO] = E[i, ANSWERED], _found_to(R, E, W, i, r)
+    known, computed, ends_at, block_size = R[r, KNOWN], R[r, COMPUTED], R[r, ENDS_AT], E[i, BLOCK_SIZE]
+    if R[r, FOUND_AT] != E[i, ANSWERED] or known > R[r, FOUND_TO]:
+        ends_at = _find_end(R, T, E, W, i, r)
     missing = R[r, HOLDS_FOR] - computed
-    if R[r, ENDS_AT] == known + rest and missing >= 0 and missing < block_size:  # that saves divisions
+    if R[r, ENDS_AT] == ends_at and missing >= 0 and missing < block_size:  # that saves divisions
         return
-    held, growth = _holding(known, computed, rest, block_size)
+    held, growth = _holding(known, computed, ends_at - known, block_size)
     _count(E, W, i, R[r, HOLDS], R[r, GROWS], -1)
     _count(E, W, i, held, growth, 1)
-    R[r, ENDS_AT], R[r, HOLDS_FOR], R[r, HOLDS], R[r, GROWS] = known + rest, held * block_size, held, growth
+    R[r, ENDS_AT], R[r, HOLDS_FOR], R[r, HOLDS], R[r, GROWS] = ends_at, held * block_size, held, growth
 
 
 @inner_in_loops
-def _found_to(R, E, W, i, r):
-    """As long as it has no more tokens, and no answer more is known, it is expected to end where it was."""
-    window = _window_of(R, W, i, r)
-    count, first = W[i, window + COUNT], R[r, LONGER]
-    if count < rules.ENOUGH or first >= count:
-        return R[r, KNOWN]
-    return R[r, PROMPT] + min(W[i, window + BY_LENGTH + first] - 1, _most_of(R, E, i, r))
+def _find_end(R, T, E, W, i, r):
+    """At how many tokens it is expected to end. As long as it has no more than FOUND_TO, and no answer more is known,
+    that stays."""
+    known, prompt, most, window = R[r, KNOWN], R[r, PROMPT], _most_of(R, E, i, r), _window_of(R, W, i, r)
+    count, lengths = W[i, window + COUNT], W[i, window + BY_LENGTH : window + BY_ORDER]
+    first = _first_longer(R, lengths, count, r, known - prompt)
+    found_to = known
+    if count >= rules.ENOUGH and first < count:
+        found_to = prompt + min(lengths[first] - 1, most)
+    rest = _remaining_of(lengths, count, first, T[r, QUANTILE], known - prompt, most, rules.PRIOR)
+    R[r, LONGER], R[r, FOUND_AT], R[r, FOUND_TO] = first, E[i, ANSWERED], found_to
+    return known + rest
 
 
 @inner

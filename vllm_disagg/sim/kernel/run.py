@@ -54,6 +54,7 @@ from vllm_disagg.sim.kernel.state import (
     REFUSED,
     REMOTE,
     REQUEST_OVERHEAD,
+    RUNNING,
     SPLIT,
     STAGE_FREE,
     STAGES,
@@ -156,6 +157,8 @@ def _step(R, T, E, F, S, X, W, G, table, parts, ids, left, ranks, heap, log, i, 
     stages = E[i, STAGES]
     if E[i, STEP_COUNT] >= stages or F[i, NUM_F] > now_s:
         return
+    if i < S[NUM_PREFILL] and E[i, WAITING] == NONE and E[i, RUNNING] == 0:
+        return  # somebody has fetched KV from it
     slot = (E[i, STEP_FIRST] + E[i, STEP_COUNT]) % stages
     form(R, T, E, F, S, X, W, G, table, parts, ids, left, ranks, heap, log, i, slot, now_s)
     num = parts[i, slot, 0, 0]
