@@ -12,9 +12,10 @@ and lies between two profiling loads, whose steps, over what the profile says fo
 said to have meanwhile; and the profile is fitted to steps from which the drift of the pace was taken. The emulated runs
 come last: they wait, and do not care for memory bandwidth.
 
-The emulated engine runs twice: at that pace, which is measured beside the compared runs and never in them; and at the
-pace that the real device had at each moment of each run, second by second. The second one is no prediction. It shows
-what the emulation itself adds: scheduling, queueing and the host's own time. Pace travels as a `slow` fault.
+Emulated engines stand side by side: some at that pace, which is measured beside the compared runs and never in them,
+with different jitter; and one at the pace that the real device had at each moment of each run, second by second. This
+one is no prediction. It shows what the emulation itself adds: scheduling, queueing and the host's own time. Pace
+travels as a `slow` fault.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -124,9 +125,9 @@ class Result:
 
 
 @contextmanager
-def engine(name: str, flags: Sequence[str], folder: Path, cores: Sequence[int]) -> Iterator[Server]:
+def engine(name: str, flags: Sequence[str], folder: Path, cores: Sequence[int], *, number: int = 0) -> Iterator[Server]:
     """An engine that records its steps, ready; what does not compute is on the last core."""
-    port = free_ports(1)[0]
+    port, files = free_ports(1)[0], f"{name}{number or ''}"
     argv = [
         "taskset", "-c", ",".join(map(str, cores)),
         sys.executable, "-m", "vllm_disagg", "serve", str(smollm2_path()), "--port", str(port), "--host", "127.0.0.1",
@@ -137,9 +138,9 @@ def engine(name: str, flags: Sequence[str], folder: Path, cores: Sequence[int]) 
     ]  # fmt: skip
     env = {
         "VLLM_CPU_CI_ENV": "1", "VLLM_CPU_OMP_THREADS_BIND": str(cores[0]), "VLLM_NO_USAGE_STATS": "1",
-        STEPS_ENV: str(folder / f"{name}.steps"), FAULTS_ENV: str(folder / f"{name}.faults"),
+        STEPS_ENV: str(folder / f"{files}.steps"), FAULTS_ENV: str(folder / f"{files}.faults"),
     }  # fmt: skip
-    server = Server(name=name, argv=argv, log=folder / f"{name}.log", env=env, port=port)
+    server = Server(name=name, argv=argv, log=folder / f"{files}.log", env=env, port=port)
     try:
         server.start()
         server.wait_until_ready()
@@ -382,20 +383,38 @@ def emulate(measured: Measured, options: argparse.Namespace, folder: Path) -> Re
         BACKEND,
         "vllm_disagg.profiler.emulated.RecordingEmulatedExecutor",
     )
-    paces = {id(run): measured.pace_beside(index, latency) for index, run in enumerate(measured.runs)}
-    runs = [run for run in measured.runs if is_undisturbed(run, latency)]
-    left_out = len(measured.runs) - len(runs)
-    pairs = [(run, load) for run in runs for load in compared_loads(options) if load.of(run)]
-    with engine(PACED, flags, folder, options.cores) as server:
-        log = Log(server)
-        for run, load in pairs:
-            pace = pace_of(run, latency)
-            runs.append(asyncio.run(undisturbed(server, log, load, options.cores, engine=PACED, pace=pace)))
-    with engine(EMULATED, (*flags, "--emulate-jitter", f"{noise:.4f}"), folder, options.cores) as server:
-        log = Log(server)
-        for run, load in pairs:
-            pace = [paces[id(run)]]
-            runs.append(asyncio.run(undisturbed(server, log, load, options.cores, engine=EMULATED, pace=pace)))
+    paces = {id(run): [measured.pace_beside(index, latency)] for index, run in enumerate(measured.runs)}
+    real = [run for run in measured.runs if is_undisturbed(run, latency)]
+    with ExitStack() as engines:
+        paced = engines.enter_context(engine(PACED, flags, folder, options.cores))
+        emulated = [
+            engines.enter_context(
+                engine(
+                    EMULATED,
+                    (*flags, "--emulate-jitter", f"{noise:.4f}", "--emulate-seed", str(seed)),
+                    folder,
+                    options.cores,
+                    number=seed,
+                )
+            )
+            for seed in range(options.emulations)
+        ]
+        sides = [(paced, Log(paced)), *((server, Log(server)) for server in emulated)]
+
+        async def at_once(run: Run, load: Load) -> list[Run]:
+            """One load on all of them."""
+            all_paces = [pace_of(run, latency), *(paces[id(run)] for _ in emulated)]
+            return await asyncio.gather(
+                *(
+                    undisturbed(server, log, load, options.cores, engine=server.name, pace=pace)
+                    for (server, log), pace in zip(sides, all_paces, strict=True)
+                )
+            )
+
+        pairs = [(run, load) for run in real for load in compared_loads(options) if load.of(run)]
+        made = [found for run, load in pairs for found in asyncio.run(at_once(run, load))]
+    runs = [*real, *of_engine(made, PACED), *of_engine(made, EMULATED)]
+    left_out = len(measured.runs) - len(real)
     return Result(
         runs=runs,
         capacity_per_s=measured.capacity_per_s,
@@ -557,6 +576,7 @@ def report(result: Result, options: argparse.Namespace, found: dict[str, str]) -
         f"{', '.join(f'{rate / result.capacity_per_s:.0%}' for rate in options.rates)} of it\n"
         f"- profile: {len(result.profiling)} steps of the real engine under other loads, between the compared ones; "
         f"jitter {result.jitter:.3f}, as the spread from each of them to the next\n"
+        f"- emulated: each real run {options.emulations} times with different jitter, beside the paced one\n"
         f"- left out: {result.left_out} of {result.left_out + len(of_engine(result.runs, REAL))} runs of the real "
         f"engine, which for {FREEZE_S:g} s were more than {FROZEN:g} times slower than the profile\n"
         f"- made again, up to {TRIES} times: emulated runs of which the hypervisor took more than {STOLEN:.0%}\n\n"
@@ -600,6 +620,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=9, help="about how many per run (default: 9)")
     parser.add_argument("--blocks", type=int, default=14, help="different loads of each rate (default: 14)")
     parser.add_argument("--repetitions", type=int, default=2, help="of each load on each engine (default: 2)")
+    parser.add_argument("--emulations", type=int, default=2, help="of each real run, by jitter (default: 2)")
     parser.add_argument("--seed", type=int, default=1, help="of the loads (default: 1)")
     parser.add_argument("--out", type=Path, help="write PATH.md, PATH.json and PATH.profile.json")
     parser.add_argument("--keep", type=Path, help="folder in which the engines' logs, steps and the profile stay")
