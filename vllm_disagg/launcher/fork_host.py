@@ -6,7 +6,8 @@ engine is asked for by a `forked_engine.py`, which stands for the engine towards
     forked_engine --its arguments, environment, output--> fork host --fork--> engine, in a session of its own
     forked_engine <--the engine's exit status------------ fork host
 
-When a `forked_engine` goes away, its engine is killed; when the fork host goes away, the warden ends all of them.
+When a `forked_engine` goes away, its engine is killed. The fork host ends with the process that started it, and all its
+engines with it; when it is killed itself, the warden ends them.
 
     python -m vllm_disagg.launcher.fork_host SOCKET
 """
@@ -67,16 +68,17 @@ class ForkHost:
 
     Args:
         path: of the socket; made by us, readable by this user only.
+        parent: a descriptor that becomes readable when the process ends that we are to end with; None for no such.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, parent: int | None = None) -> None:
         self._listener = socket.socket(socket.AF_UNIX)
-        self._path = path
+        self._path, self._parent = path, parent
         self._selector = selectors.DefaultSelector()
         self._engines: dict[int, _Engine] = {}
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT."""
+        """Serve until SIGTERM, SIGINT or the end of the parent."""
         wake_reader, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         stopping: list[int] = []
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -88,10 +90,14 @@ class ForkHost:
         self._listener.listen(64)
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(wake_reader, selectors.EVENT_READ)
+        if self._parent is not None:
+            self._selector.register(self._parent, selectors.EVENT_READ)
         while not stopping:
             for key, _ in self._selector.select():
                 if key.fileobj is self._listener:
                     self._accept()
+                elif key.fileobj == self._parent:
+                    stopping.append(0)
                 elif key.fileobj == wake_reader:
                     with contextlib.suppress(BlockingIOError):
                         os.read(wake_reader, 4096)
@@ -236,10 +242,22 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
+def _end_of_parent() -> int | None:
+    """A descriptor that becomes readable when the process that started this one has ended, however it did. Unlike a
+    signal at the parent's death, it does not take the end of the thread that started us for it."""
+    if sys.platform != "linux":
+        return None
+    try:
+        return os.pidfd_open(os.getppid())
+    except OSError:  # an old kernel
+        return None
+
+
 def main(arguments: list[str]) -> None:
     """Import, then serve."""
+    parent = _end_of_parent()
     _preload()
-    ForkHost(Path(arguments[0])).run()
+    ForkHost(Path(arguments[0]), parent=parent).run()
 
 
 if __name__ == "__main__":
