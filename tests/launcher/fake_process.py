@@ -3,7 +3,8 @@
     fake_process.py [BEHAVIOUR=VALUE ...] [arguments as an engine or the proxy gets them]
 
 Behaviours: `start_s` delay before it answers; `die_after_s`; `deaf` ignores SIGTERM, like its grandchild;
-`grandchild` leaves a process in a session of its own; `dtype` goes into the fingerprint; `fail` exits at once.
+`grandchild` leaves a process in a session of its own; `dtype` goes into the fingerprint; `fail` exits at once. Who is
+asked for `/die` dies.
 """
 
 import json
@@ -23,6 +24,8 @@ behaviour |= dict(argument[9:].split("=", 1) for argument in sys.argv[1:] if arg
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
+        if self.path == "/die":
+            os._exit(5)
         bodies = {
             "/health": {},
             "/disagg/status": {"fingerprint": {"dtype": behaviour.get("dtype", "float32")}},
@@ -54,4 +57,7 @@ sys.stdout.write("the fake has started\n")
 sys.stdout.flush()
 time.sleep(float(behaviour.get("start_s", "0")))
 port = int(sys.argv[sys.argv.index("--port") + 1]) if "--port" in sys.argv else 0
-ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+sys.stdout.write("the fake serves\n")
+sys.stdout.flush()
+server.serve_forever()

@@ -10,14 +10,17 @@ import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from vllm_disagg.errors import ConfigError, IncompatiblePeer, LaunchError
 from vllm_disagg.launcher.console import Console
+from vllm_disagg.launcher.local import Deployment
 from vllm_disagg.launcher.machine import Machine, free_ports
 from vllm_disagg.launcher.settings import UpSettings
 from vllm_disagg.launcher.up import deployed
@@ -44,13 +47,32 @@ def names_in(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-async def run(asked: UpSettings, *, then: Any = None, proxy: tuple[str, ...] = FAKE) -> str:
+async def run(asked: UpSettings, *, then: Any = None) -> str:
     """Bring a deployment up, serve until `then` is over, take it down. Returns what the user saw."""
     seen = io.StringIO()
-    async with deployed(asked, Console(seen), machine=MACHINE, engine_command=FAKE, proxy_command=proxy) as deployment:
+    async with deployed(asked, Console(seen), machine=MACHINE, engine_command=FAKE, proxy_command=FAKE) as deployment:
         if then is not None:
             await then(deployment)
     return seen.getvalue()
+
+
+async def die(url: str) -> None:
+    """Tell a fake to end at once."""
+    async with aiohttp.ClientSession() as http:
+        with pytest.raises(aiohttp.ClientError):
+            await http.get(f"{url}/die")
+
+
+def engine_url(deployment: Deployment, name: str) -> str:
+    return next(engine.url for engine in deployment.plan.engines if engine.name == name)
+
+
+async def until(condition: Callable[[], bool], serving: asyncio.Future[None]) -> None:
+    """While the deployment serves."""
+    async with asyncio.timeout(60):
+        while not condition():
+            assert not serving.done()
+            await asyncio.sleep(0.05)  # bounded polling of what it has said and of logs
 
 
 async def test_a_deployment_starts_and_leaves_nothing(tmp_path: Path, mark: str) -> None:
@@ -96,41 +118,47 @@ async def test_a_busy_port_is_found_before_anything_starts(tmp_path: Path, mark:
 async def test_the_death_of_a_prefill_engine_is_reported_and_the_rest_serves(tmp_path: Path, mark: str) -> None:
     seen = io.StringIO()
     async with deployed(
-        settings(tmp_path, prefill_arg=("--x-fake.die_after_s=2",)),
-        Console(seen), machine=MACHINE, engine_command=FAKE, proxy_command=FAKE,
-    ) as deployment:  # fmt: skip
+        settings(tmp_path), Console(seen), machine=MACHINE, engine_command=FAKE, proxy_command=FAKE
+    ) as deployment:
         serving = asyncio.ensure_future(deployment.serve(restart=False))
-        await asyncio.wait({serving}, timeout=3.5)
+        await die(engine_url(deployment, "prefill-0"))
+        await until(lambda: "the others go on serving" in seen.getvalue(), serving)
         assert not serving.done()
         serving.cancel()
 
     assert "prefill-0 ended with exit status 5 during service" in seen.getvalue()
-    assert "the others go on serving" in seen.getvalue()
 
 
 async def test_service_ends_with_the_last_decode_engine(tmp_path: Path, mark: str) -> None:
+    async def last_death(deployment: Deployment) -> None:
+        await die(engine_url(deployment, "decode-0"))
+        await deployment.serve(restart=False)
+
     with pytest.raises(LaunchError, match="no decode engine is left"):
-        await run(settings(tmp_path, decode_arg=("--x-fake.die_after_s=2",)), then=lambda up: up.serve(restart=False))
+        await run(settings(tmp_path), then=last_death)
 
     assert_gone(mark, within_s=0.5)
 
 
 async def test_service_ends_with_the_proxy(tmp_path: Path, mark: str) -> None:
+    async def proxy_dies(deployment: Deployment) -> None:
+        await die(deployment.plan.proxy_url)
+        await deployment.serve(restart=True)
+
     with pytest.raises(LaunchError, match="proxy ended with exit status 5"):
-        await run(settings(tmp_path), then=lambda up: up.serve(restart=True), proxy=(*FAKE, "die_after_s=2"))
+        await run(settings(tmp_path), then=proxy_dies)
 
 
 async def test_a_dead_engine_is_started_again_if_asked(tmp_path: Path, mark: str) -> None:
-    async def two_deaths(deployment: Any) -> None:
+    async def two_deaths(deployment: Deployment) -> None:
         serving = asyncio.ensure_future(deployment.serve(restart=True))
         log = tmp_path / "decode-0.log"
-        while log.read_text().count("has started") < 3:
-            assert not serving.done()
-            await asyncio.sleep(0.1)
+        for num_starts in (2, 3):
+            await die(engine_url(deployment, "decode-0"))
+            await until(lambda: log.read_text().count("serves") == num_starts, serving)  # noqa: B023 - used at once
         serving.cancel()
 
-    async with asyncio.timeout(60):  # it must not die before all have started, on a busy machine either
-        seen = await run(settings(tmp_path, decode_arg=("--x-fake.die_after_s=3",)), then=two_deaths)
+    seen = await run(settings(tmp_path), then=two_deaths)
 
     assert "decode-0: starting again in 1 s" in seen and "decode-0: starting again in 2 s" in seen
 
@@ -139,33 +167,45 @@ LAUNCHER = textwrap.dedent(
     """
     import asyncio, sys
     from vllm_disagg.launcher.console import Console
-    from vllm_disagg.launcher.settings import UpSettings
+    from vllm_disagg.launcher.local import STOP_SIGNALS
     from vllm_disagg.launcher.up import deployed
     from tests.launcher.test_local import FAKE, MACHINE, settings
     from pathlib import Path
 
     async def main():
-        arguments = ("--x-fake.deaf=1", "--x-fake.grandchild=1", *sys.argv[3:])
+        owns_the_process = sys.argv[3] == "command"
+        arguments = ("--x-fake.deaf=1", "--x-fake.grandchild=1", *sys.argv[4:])
         asked = settings(Path(sys.argv[1]), stop_grace_s=float(sys.argv[2]), engine_arg=arguments)
         async with deployed(
-            asked, Console(sys.stdout), machine=MACHINE, engine_command=FAKE, proxy_command=FAKE
+            asked, Console(sys.stdout), machine=MACHINE, engine_command=FAKE, proxy_command=FAKE,
+            stop_signals=STOP_SIGNALS if owns_the_process else (),
         ) as deployment:
             print("serving", flush=True)
             await deployment.serve(restart=False)
 
-    asyncio.run(main())
+    try:
+        asyncio.run(main())
+    except KeyboardInterrupt:
+        print("interrupted")
     """
 )
 
 
-def launch(tmp_path: Path, *arguments: str, grace_s: float = 1.0) -> subprocess.Popen[str]:
+@contextmanager
+def launch(
+    tmp_path: Path, *arguments: str, grace_s: float = 0.3, owner: str = "command"
+) -> Iterator[subprocess.Popen[str]]:
     """Of engines that do not end when they are asked to, so that their grace is waited for."""
     root = Path(__file__).parents[2]
-    return subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, str(tmp_path), str(grace_s), *arguments],
+    with subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(tmp_path), str(grace_s), owner, *arguments],
         cwd=root, env={**os.environ, "PYTHONPATH": str(root), "TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()  # a failed test does not wait for it
 
 
 def hear(process: subprocess.Popen[str], line: str) -> None:
@@ -201,4 +241,14 @@ def test_a_second_ctrl_c_does_not_wait_for_the_grace(tmp_path: Path, mark: str) 
         hear(process, "stopping ...")
         process.send_signal(signal.SIGINT)
 
+        assert_gone(mark, within_s=3)
+
+
+def test_who_uses_it_as_a_library_is_interrupted_by_ctrl_c(tmp_path: Path, mark: str) -> None:
+    with launch(tmp_path, owner="library") as process:
+        hear(process, "serving")
+
+        process.send_signal(signal.SIGINT)
+
+        hear(process, "interrupted")
         assert_gone(mark, within_s=3)

@@ -14,7 +14,7 @@ import click
 from vllm_disagg.demo.compare import Comparison, Messages, compare
 from vllm_disagg.errors import ConfigError
 from vllm_disagg.launcher.console import Console
-from vllm_disagg.launcher.local import Deployment
+from vllm_disagg.launcher.local import STOP_SIGNALS, Deployment
 from vllm_disagg.launcher.machine import free_ports
 from vllm_disagg.launcher.settings import UpSettings
 from vllm_disagg.launcher.up import deployed
@@ -74,7 +74,7 @@ def _prepare_model() -> Path:
 
 
 async def _demo(settings: UpSettings, console: Console) -> int:
-    async with deployed(settings, console) as deployment:
+    async with deployed(settings, console, stop_signals=STOP_SIGNALS) as deployment:
         comparisons = await _while_alive(deployment, _chats(deployment))
     good = all(comparison.equal and comparison.crossed for comparison in comparisons)
     click.echo("all answers are equal, and every prompt's KV crossed" if good else "the demo FAILED")

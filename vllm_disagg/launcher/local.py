@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Final, NoReturn, Self
 
 import aiohttp
 
@@ -23,7 +23,9 @@ from vllm_disagg.launcher.console import Console
 from vllm_disagg.launcher.plan import EngineLaunch, ForkHostLaunch, LaunchPlan
 
 _PROBE_TIMEOUT = aiohttp.ClientTimeout(total=5.0)
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Those by which people and service managers end a command."""
+
 _PROXY_START_S = 60.0
 _BACKOFF_FIRST_S, _BACKOFF_MOST_S = 1.0, 60.0
 _FORK_HOST = "fork-host"
@@ -39,10 +41,21 @@ class Deployment:
         log_dir: an existing folder; each process writes `NAME.log` in it.
         stop_grace_s: seconds from the polite to the forced end of a process.
         console: where progress and deaths are reported.
+        stop_signals: taken over while it lasts: the first cancels the task that has entered it, and a further one ends
+            the processes without grace. Only for whoever owns the whole process: nobody else gets them meanwhile.
     """
 
-    def __init__(self, plan: LaunchPlan, *, log_dir: Path, stop_grace_s: float, console: Console) -> None:
+    def __init__(
+        self,
+        plan: LaunchPlan,
+        *,
+        log_dir: Path,
+        stop_grace_s: float,
+        console: Console,
+        stop_signals: Sequence[signal.Signals] = (),
+    ) -> None:
         self.plan, self.log_dir = plan, log_dir
+        self._stop_signals = stop_signals
         self._grace_s, self._console = stop_grace_s, console
         self._children: dict[str, Child] = {}
         self._http: aiohttp.ClientSession | None = None
@@ -52,7 +65,7 @@ class Deployment:
     async def __aenter__(self) -> Self:
         self._http = aiohttp.ClientSession(timeout=_PROBE_TIMEOUT)
         self._owner = asyncio.current_task()
-        for number in _STOP_SIGNALS:
+        for number in self._stop_signals:
             asyncio.get_running_loop().add_signal_handler(number, self._on_stop_signal)
         return self
 
@@ -65,7 +78,7 @@ class Deployment:
         while not stopping.done():  # a second Ctrl-C cancels this task again; the children must end all the same
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.shield(stopping)
-        for number in _STOP_SIGNALS:
+        for number in self._stop_signals:
             asyncio.get_running_loop().remove_signal_handler(number)
         stopping.result()
 

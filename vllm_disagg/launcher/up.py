@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import shlex
+import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -18,7 +19,7 @@ from vllm_disagg.core.keys import create_key_file
 from vllm_disagg.errors import ConfigError
 from vllm_disagg.folders import user_folder
 from vllm_disagg.launcher.console import Console
-from vllm_disagg.launcher.local import Deployment
+from vllm_disagg.launcher.local import STOP_SIGNALS, Deployment
 from vllm_disagg.launcher.machine import Machine, free_ports, require_free_port, this_machine
 from vllm_disagg.launcher.plan import ENGINE_COMMAND, PROXY_COMMAND, plan_launch, ports_needed
 from vllm_disagg.launcher.running import write_note
@@ -42,7 +43,7 @@ def run_up(settings: UpSettings, console: Console | None = None) -> None:
 
 async def _up(settings: UpSettings, console: Console) -> None:
     settings, _ = _what_to_serve(settings)
-    async with deployed(settings, console) as deployment:
+    async with deployed(settings, console, stop_signals=STOP_SIGNALS) as deployment:
         console.line(_summary(settings, deployment))
         await deployment.serve(restart=settings.restart)
 
@@ -55,6 +56,7 @@ async def deployed(
     machine: Machine | None = None,
     engine_command: Sequence[str] = ENGINE_COMMAND,
     proxy_command: Sequence[str] = PROXY_COMMAND,
+    stop_signals: Sequence[signal.Signals] = (),
 ) -> AsyncIterator[Deployment]:
     """A deployment that is ready to serve; nothing is left of it afterwards.
 
@@ -64,6 +66,7 @@ async def deployed(
         machine: where to start it; this machine, unless a test says otherwise.
         engine_command: what stands before the model; tests start something else than vLLM.
         proxy_command: what stands before the proxy's options.
+        stop_signals: those that end it, as `Deployment` says; for commands.
 
     Raises:
         ConfigError, VllmUnavailable: before anything is started.
@@ -91,7 +94,9 @@ async def deployed(
             console.line(line)
         for engine in plan.engines:
             console.line(f"{engine.name}: {engine.place}, {engine.url}, log {log_dir / engine.name}.log")
-        async with Deployment(plan, log_dir=log_dir, stop_grace_s=settings.stop_grace_s, console=console) as deployment:
+        async with Deployment(
+            plan, log_dir=log_dir, stop_grace_s=settings.stop_grace_s, console=console, stop_signals=stop_signals
+        ) as deployment:
             note = write_note(
                 log_dir,
                 prefill=[engine.url for engine in plan.engines if engine.role == "prefill"],
