@@ -39,7 +39,7 @@ import numpy as np
 
 from benchmarks.load import LoadShape, Request, Times, drive, poisson
 from benchmarks.machine import OtherLoad, Stolen, fact_list, facts, table
-from benchmarks.step_residuals import fit_through_drift, jitter, residuals
+from benchmarks.step_residuals import fit_through_drift, jitter, residuals, seconds_of
 from tests.e2e.engines import Server
 from vllm_disagg.core.latency import LatencyModel, work_of
 from vllm_disagg.core.profile import ModelShape, ParallelEntry, Profile, profile_document
@@ -243,9 +243,7 @@ def compared_loads(options: argparse.Namespace) -> list[Load]:
     ]
 
 
-async def compare(
-    server: Server, log: Log, load: Load, cores: Sequence[int], *, engine: str, pace: Sequence[float] = ()
-) -> Run:
+async def compare(server: Server, log: Log, load: Load, cores: Sequence[int], *, pace: Sequence[float] = ()) -> Run:
     """One run."""
     log.new()
     stolen, start_s = Stolen(cores), time.monotonic()
@@ -254,7 +252,7 @@ async def compare(
     pacing.cancel()
     await asyncio.sleep(REST_S)
     run = Run(
-        engine=engine,
+        engine=server.name,
         rate_per_s=load.rate_per_s,
         block=load.block,
         number=load.number,
@@ -268,13 +266,11 @@ async def compare(
     return run
 
 
-async def undisturbed(
-    server: Server, log: Log, load: Load, cores: Sequence[int], *, engine: str, pace: Sequence[float]
-) -> Run:
+async def undisturbed(server: Server, log: Log, load: Load, cores: Sequence[int], *, pace: Sequence[float]) -> Run:
     """One run of an emulated engine, repeated while the hypervisor takes too much of it."""
     tries: list[Run] = []
     while len(tries) < TRIES and not (tries and tries[-1].stolen <= STOLEN):
-        tries.append(await compare(server, log, load, cores, engine=engine, pace=pace))
+        tries.append(await compare(server, log, load, cores, pace=pace))
     return min(tries, key=lambda run: run.stolen)
 
 
@@ -354,13 +350,14 @@ def measure_real(options: argparse.Namespace, folder: Path) -> Measured:
             asyncio.run(profiling_load(server, size, STEADY_SHARE * capacity, seed))
             profiling.append(log.new())
             if load is not None:
-                runs.append(asyncio.run(compare(server, log, load, options.cores, engine=REAL)))
+                runs.append(asyncio.run(compare(server, log, load, options.cores)))
     return Measured(runs=runs, profiling=profiling, capacity_per_s=capacity)
 
 
 def slowness(steps: Sequence[RecordedStep], latency: LatencyModel) -> float:
     """What steps took, over what the profile says for them."""
-    return sum(step.step_s for step in steps) / sum(latency.step_s(work_of(step.requests)) for step in steps)
+    took_s, told_s = seconds_of(steps, latency)
+    return took_s / told_s
 
 
 def is_undisturbed(run: Run, latency: LatencyModel) -> bool:
@@ -406,7 +403,7 @@ def emulate(measured: Measured, options: argparse.Namespace, folder: Path) -> Re
             all_paces = [pace_of(run, latency), *(paces[id(run)] for _ in emulated)]
             return await asyncio.gather(
                 *(
-                    undisturbed(server, log, load, options.cores, engine=server.name, pace=pace)
+                    undisturbed(server, log, load, options.cores, pace=pace)
                     for (server, log), pace in zip(sides, all_paces, strict=True)
                 )
             )
@@ -534,14 +531,13 @@ def run_rows(runs: Sequence[Run], latency: LatencyModel) -> list[tuple[str, ...]
     found = []
     for run in runs:
         left = residuals(latency, run.steps)
-        measured = sum(step.step_s for step in run.steps)
-        modelled = sum(latency.step_s(work_of(step.requests)) for step in run.steps)
         gaps = [cycle_s - step.step_s for step, cycle_s in cycles_s(run.steps)]
         late_ms = max(times.sent_late_s for times in run.times) * 1e3
         found.append(
             (
                 run.engine, f"{run.rate_per_s:g}", str(run.block + 1), str(run.number + 1), str(len(run.times)),
-                str(sum(bool(times.error) for times in run.times)), str(len(run.steps)), f"{measured / modelled:.3f}",
+                str(sum(bool(times.error) for times in run.times)), str(len(run.steps)),
+                f"{slowness(run.steps, latency):.3f}",
                 *(f"{left[phase]['sum_ratio']:.3f}" if phase in left else "-" for phase in PHASES),
                 f"{np.mean(gaps) * 1e3:.2f}", f"{late_ms:.0f}", f"{run.load_average:.1f}", f"{run.stolen:.1%}",
             )

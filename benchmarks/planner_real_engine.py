@@ -43,6 +43,7 @@ import numpy as np
 
 from benchmarks.load import LoadShape, Request, Times, drive, poisson
 from benchmarks.machine import OtherLoad, Stolen, fact_list, facts, table
+from benchmarks.step_residuals import seconds_of
 from tests.e2e.engines import Server, core, engine, proxy
 from vllm_disagg.core.keys import create_key_file
 from vllm_disagg.core.latency import LatencyModel, Regime, StepWork, work_of
@@ -371,13 +372,6 @@ class Paces:
                     raise RuntimeError(f"{server.name} does not work: {failed[0]}")
             found.append(seconds_of(tail.new(), self._latency))
         return found
-
-
-def seconds_of(steps: Sequence[RecordedStep], latency: LatencyModel) -> tuple[float, float]:
-    """What steps took, and what the profile says for them. Those that only look for KV that comes do not count."""
-    works = [(step.step_s, work_of(step.requests)) for step in steps]
-    real = [(step_s, work) for step_s, work in works if work != StepWork()]
-    return sum(step_s for step_s, _ in real), sum(latency.step_s(work) for _, work in real)
 
 
 def serve(

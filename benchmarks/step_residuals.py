@@ -55,6 +55,13 @@ def _at_mean_pace(steps: Sequence[RecordedStep], model: LatencyModel) -> list[Re
     return [replace(step, step_s=step.step_s / math.exp(each)) for step, each in zip(steps, pace, strict=True)]
 
 
+def seconds_of(steps: Sequence[RecordedStep], latency: LatencyModel) -> tuple[float, float]:
+    """What steps took, and what the profile says for them. Those that only look for KV that comes do not count."""
+    works = [(step.step_s, work_of(step.requests)) for step in steps]
+    real = [(step_s, work) for step_s, work in works if work != StepWork()]
+    return sum(step_s for step_s, _ in real), sum(latency.step_s(work) for _, work in real)
+
+
 def samples_of(steps: Sequence[RecordedStep]) -> dict[Region, list[Sample]]:
     """The steps by what they computed."""
     found: dict[Region, list[Sample]] = {region: [] for region in REGIONS}

@@ -171,7 +171,8 @@ def run_simulate(settings: SimulateSettings) -> list[str]:
     require_writable(out=settings.out, plot=settings.plot, timeline=settings.timeline)
     rates, window_s = _rates(settings.rates), parse_window(settings.timeline_window)
     system, slo = system_of(settings), SLO(ttft_s=settings.slo_ttft_s, tpot_s=settings.slo_tpot_s)
-    longest = load_profile(settings.profile, model=settings.model).model.max_model_len
+    profile = load_profile(settings.profile, model=settings.model)
+    longest = profile.model.max_model_len
     whole = replayed(settings)
     workload = whole.capped(longest)
     doubts = _too_long(len(whole) - len(workload), len(whole), longest)
@@ -213,7 +214,7 @@ def run_simulate(settings: SimulateSettings) -> list[str]:
     if settings.plot:
         draw_rates(settings.plot, found, slo, goodput)
     used = measurements_used(
-        _entries_of(settings, load_profile(settings.profile, model=settings.model)),
+        _entries_of(settings, profile),
         hosts=settings.step_overhead_ms is None,
         link=settings.prefill > 0 and settings.link in (None, MEASURED),
     )
